@@ -1,0 +1,1 @@
+"""What every layer of the code stands on: parameters with named axes."""

@@ -1,0 +1,46 @@
+"""How the next token is drawn from its logits.
+
+Source: Holtzman et al. 2020 (top-p); Fan et al. 2018 (top-k). Temperature applies first, then top-k, then top-p.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """temperature 0 takes the likeliest token; top_k 0 and top_p 1 keep the whole vocabulary."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # keep the k likeliest tokens
+    top_p: float = 1.0  # keep the likeliest tokens whose probabilities first reach p
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"{self}: wanted temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
+
+    def __call__(self, logits: jax.Array, key: jax.Array) -> jax.Array:
+        """logits [b v] float32 to tokens [b] int32."""
+        if self.temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jax.random.categorical(key, self.filter(logits / self.temperature)).astype(jnp.int32)
+
+    def filter(self, logits: jax.Array) -> jax.Array:
+        """logits [b v] with everything that top-k or top-p rules out at minus infinity."""
+        if 0 < self.top_k < logits.shape[-1]:
+            smallest = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
+            logits = jnp.where(logits >= smallest, logits, -jnp.inf)
+        if self.top_p < 1:
+            descending = jnp.sort(logits, axis=-1)[:, ::-1]
+            probabilities = jax.nn.softmax(descending, axis=-1)
+            before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of all likelier tokens
+            smallest = jnp.min(jnp.where(before < self.top_p, descending, jnp.inf), axis=-1, keepdims=True)
+            logits = jnp.where(logits >= smallest, logits, -jnp.inf)
+        return logits
+
+
+GREEDY = Sampler()

@@ -1,0 +1,174 @@
+"""Llama 4: text and pictures in one stream, through one decoder.
+
+    tokens -> embeddings -> image features at the placeholders -> decoder -> norm -> logits
+
+Source: "The Llama 4 herd" (Meta, 2025) and its published configurations; equal to transformers' and Meta's code to
+fp32 rounding in prefill, and to transformers' cached decode (see docs/numerics.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from llama4_jax.config import Llama4Config
+from llama4_jax.core import parameter
+from llama4_jax.model import fusion
+from llama4_jax.model.cache import Cache, init_cache
+from llama4_jax.model.decoder import Decoder
+from llama4_jax.model.vision import VisionTower
+from llama4_jax.nn import rope
+from llama4_jax.nn.attention import Context
+from llama4_jax.nn.linear import Embedding
+from llama4_jax.nn.norm import RMSNorm
+
+
+@struct.dataclass
+class Output:
+    """logits [b t v] float32; the cache, if one went in; aux, router statistics stacked over MoE layers."""
+
+    logits: jax.Array
+    cache: Cache | None
+    aux: dict[str, jax.Array]
+
+
+@struct.dataclass
+class Hidden:
+    """hidden [b t d], after the last norm: what the unembedding turns into logits; cache and aux as in Output."""
+
+    hidden: jax.Array
+    cache: Cache | None
+    aux: dict[str, jax.Array]
+
+
+class Head(nnx.Module):
+    """The output matrix [d v]."""
+
+    def __init__(self, config: Llama4Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        d, v = config.text.embed_dim, config.text.vocab_size
+        self.kernel = parameter.kernel(rngs, (d, v), ("embed", "vocab"), fan_in=d, dtype=dtype)
+
+
+class Llama4(nnx.Module):
+    """The model. Its weights may have any float dtype; it computes in the dtype of its weights.
+
+    `scan` stacks the repeating layers (compile time independent of depth); without it every layer stands alone, which
+    is what decoding on a CPU wants, because indexing a stack copies a layer's weights.
+    """
+
+    def __init__(self, config: Llama4Config, *, rngs: nnx.Rngs, dtype=jnp.float32, scan: bool = True):
+        text = config.text
+        self.config = config
+        self.embed = Embedding(text.vocab_size, text.embed_dim, rngs=rngs, dtype=dtype)
+        self.vision = VisionTower(config.vision, text.embed_dim, rngs=rngs, dtype=dtype) if config.vision else None
+        self.decoder = Decoder(text, rngs=rngs, dtype=dtype, scan=scan)
+        self.norm = RMSNorm(text.embed_dim, eps=text.norm_eps, dtype=dtype)
+        self.head = None if text.tie_embeddings else Head(config, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        images: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
+        """Next-token logits for tokens [b t] int32.
+
+        images: [n h w c] float in [-1, 1], tiles in order of appearance over the flattened batch.
+        segments: [b t] int32, the document of each token, 0 for padding; default: one document a row, no padding.
+        positions: [b t] int32 from 0 in each document; default: counted from the segments, or from the cache.
+        cache: from `init_cache` or from a call before; a cached row is one document, and its segments tell padding
+            (0) from tokens only.
+        """
+        output = self.hidden(tokens, images, positions, segments, cache)
+        with jax.named_scope("unembed"):
+            logits = jnp.dot(output.hidden, self.unembedding(), preferred_element_type=jnp.float32)
+        return Output(logits=logits, cache=output.cache, aux=output.aux)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        images: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: Cache | None = None,
+        remat: bool | Callable | None = None,
+    ) -> Hidden:
+        """All of the model but the unembedding, which a loss may want to do in pieces. Arguments as in `__call__`."""
+        _check(tokens, positions, segments, cache)
+        with jax.named_scope("embed"):
+            x = self.embed(tokens)
+        if images is not None:
+            x = self._fuse(x, tokens, images)
+        context = self.context(tokens.shape, positions, segments, cache)
+        x, cache, aux = self.decoder(x, context, cache, remat=remat)
+        if cache is not None:
+            after = jnp.maximum(context.lengths, jnp.max(context.positions, axis=1) + 1)
+            cache = cache.replace(lengths=after)
+        return Hidden(hidden=self.norm(x), cache=cache, aux=aux)
+
+    def context(self, shape, positions=None, segments=None, cache: Cache | None = None) -> Context:
+        """Where each token of a call of shape (b, t) stands; see `__call__`."""
+        segments = jnp.ones(shape, jnp.int32) if segments is None else jnp.asarray(segments, jnp.int32)
+        if positions is None:
+            positions = _count(segments)
+            if cache is not None:
+                positions = positions + cache.lengths[:, None]
+        positions = jnp.where(segments != 0, jnp.asarray(positions, jnp.int32), -1)
+        angles = rope.text_angles(self.config.text.attention, positions)
+        return Context(positions, segments, angles, cache.lengths if cache is not None else None)
+
+    def unembedding(self) -> jax.Array:
+        """The output matrix, [d v]."""
+        return self.embed.table[...].T if self.head is None else self.head.kernel[...]
+
+    def init_cache(self, batch: int, length: int, dtype=None) -> Cache:
+        """An empty cache for `batch` rows of at most `length` tokens; dtype defaults to the weights'."""
+        dtype = dtype or self.embed.table.dtype
+        return init_cache(self.config.text, self.decoder.periods, batch, length, dtype)
+
+    def unrolled(self) -> Llama4:
+        """The same model with every layer standing alone (`scan=False`); itself if it is that already."""
+        if not self.decoder.periods:
+            return self
+        plain = jax.eval_shape(lambda: Llama4(self.config, rngs=nnx.Rngs(0), scan=False))
+        leaves = {_path(path): leaf for path, leaf in jax.tree.leaves_with_path(self)}
+        for i, block in enumerate(self.decoder.layers()):
+            for path, leaf in jax.tree.leaves_with_path(block):
+                leaves[f".decoder.tail[{i}]" + _path(path)] = leaf
+        return jax.tree.map_with_path(lambda path, _: leaves[_path(path)], plain)
+
+    def _fuse(self, x: jax.Array, tokens: jax.Array, images: jax.Array) -> jax.Array:
+        if self.vision is None:
+            raise ValueError(f"got images {images.shape}, but this model has no vision tower (config.vision is None)")
+        with jax.named_scope("fuse"):
+            return fusion.fuse(x, self.vision(images), tokens == self.config.patch_token)
+
+
+_path = jax.tree_util.keystr
+
+
+def _count(segments: jax.Array) -> jax.Array:
+    """Position of each token in its document: 0, 1, ... from wherever the segment changes; [b t]."""
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def _check(tokens, positions, segments, cache) -> None:
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must be [batch time], got shape {tokens.shape}; add a batch axis with tokens[None]")
+    for name, array in (("positions", positions), ("segments", segments)):
+        if array is not None and array.shape != tokens.shape:
+            raise ValueError(f"{name} must have the shape of tokens {tokens.shape}, got {array.shape}")
+    if cache is not None and cache.lengths.shape[0] != tokens.shape[0]:
+        raise ValueError(
+            f"the cache has {cache.lengths.shape[0]} rows but tokens have {tokens.shape[0]}; "
+            "make it with init_cache(batch=...) of the same batch"
+        )
+    if cache is not None and segments is None and positions is None:
+        cache.check_room(tokens.shape[1])

@@ -1,0 +1,164 @@
+"""Decoder self-attention: chunked with rotary positions, or global without (iRoPE), with a key/value cache.
+
+Source: Llama 4's published models; `Llama4TextAttention` in transformers and `Attention` in Meta's llama-models, which
+this equals in prefill. Differences: positions, chunks and temperature all follow the true position of a token in its
+own document, so left padding and packing change nothing.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from llama4_jax.config import Attention, AttentionConfig, LayerKind
+from llama4_jax.kernels import attention as kernels
+from llama4_jax.nn import rope
+from llama4_jax.nn.linear import Linear
+from llama4_jax.nn.norm import rms_normalize
+
+
+@struct.dataclass
+class Context:
+    """Where each token of a call stands; the same for every layer.
+
+    positions: [b t] int32, from 0 in each document; negative where there is no token.
+    segments:  [b t] int32, the document of each token; 0 where there is no token.
+    angles:    [b t head_dim/2] float32, rotary angles of the positions.
+    lengths:   [b] int32, tokens already cached in each row; None without a cache.
+    """
+
+    positions: jax.Array
+    segments: jax.Array
+    angles: jax.Array
+    lengths: jax.Array | None = None
+
+
+@struct.dataclass
+class LayerCache:
+    """Keys and values of one layer, [b s k h]; the token at position p sits in slot p % s.
+
+    Invariant: a row's tokens have positions 0 .. length-1, so which position a slot holds follows from the length.
+    A chunked layer needs s >= min(chunk, length) slots, a global layer one for each position it will ever hold.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[-3]
+
+
+class DecoderAttention(nnx.Module):
+    """Grouped-query attention of one layer kind; x [b t d] in, [b t d] out."""
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        kind: LayerKind,
+        embed_dim: int,
+        *,
+        norm_eps: float,
+        rngs: nnx.Rngs,
+        output_gain: float = 1.0,
+        dtype=jnp.float32,
+    ):
+        self.config, self.kind, self.norm_eps = config, kind, norm_eps
+
+        def project(heads: int, name: str) -> Linear:
+            axes = ("embed", name, "head_dim")
+            return Linear((embed_dim,), (heads, config.head_dim), axes, rngs=rngs, bias=config.bias, dtype=dtype)
+
+        self.query = project(config.num_heads, "heads")
+        self.key = project(config.num_kv_heads, "kv_heads")
+        self.value = project(config.num_kv_heads, "kv_heads")
+        self.output = Linear(
+            (config.num_heads, config.head_dim),
+            (embed_dim,),
+            ("heads", "head_dim", "embed"),
+            rngs=rngs,
+            bias=config.bias,
+            gain=output_gain,
+            dtype=dtype,
+        )
+
+    def __call__(
+        self, x: jax.Array, context: Context, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        with jax.named_scope("qkv"):
+            query, key, value = self.query(x), self.key(x), self.value(x)  # [b t n h], [b t k h], [b t k h]
+        if self.kind.rope:
+            with jax.named_scope("rope"):
+                query, key = rope.rotate(query, context.angles), rope.rotate(key, context.angles)
+        if self.kind.qk_norm:  # after RoPE, over each head: what is cached is rotated and normed
+            query, key = rms_normalize(query, self.norm_eps), rms_normalize(key, self.norm_eps)
+        if self.kind.temperature:
+            scale = temperature(context.positions, self.config)[..., None, None]
+            query = (query.astype(jnp.float32) * scale).astype(query.dtype)
+        with jax.named_scope("attend"):
+            attended, cache = self._attend(query, key, value, context, cache)
+        return self.output(attended), cache
+
+    def _attend(self, query, key, value, context: Context, cache: LayerCache | None):
+        chunk_size = self.config.chunk_size if self.kind.attention is Attention.CHUNKED else None
+        key_positions, key_segments, query_segments = context.positions, context.segments, context.segments
+        if cache is not None:
+            old, cache = cache, _write(cache, key, value, context)
+            if chunk_size is None or key.shape[1] == 1:
+                # All that the query may see is in the cache by now.
+                key, value = cache.keys, cache.values
+                key_positions = _held_positions(cache.slots, _lengths_after(context))
+            else:
+                # Of several new tokens, early ones may still need keys that later ones have just replaced.
+                key = jnp.concatenate([old.keys, key.astype(old.keys.dtype)], axis=1)
+                value = jnp.concatenate([old.values, value.astype(old.values.dtype)], axis=1)
+                held = _held_positions(old.slots, context.lengths)
+                key_positions = jnp.concatenate([held, context.positions], axis=1)
+            # A cached row is one document.
+            query_segments = (context.positions >= 0).astype(jnp.int32)
+            key_segments = (key_positions >= 0).astype(jnp.int32)
+        attended = kernels.attend(
+            query,
+            key,
+            value,
+            query_positions=context.positions,
+            key_positions=key_positions,
+            query_segments=query_segments,
+            key_segments=key_segments,
+            chunk_size=chunk_size,
+        )
+        return attended, cache
+
+
+def temperature(positions: jax.Array, config: AttentionConfig) -> jax.Array:
+    """What global layers multiply queries by: 1 + attn_scale * log(1 + floor((position + 1) / floor_scale)), fp32.
+
+    Integer division keeps every position in its own step; in bfloat16 positions near a step land in the wrong one.
+    """
+    steps = ((positions + 1) // config.floor_scale).astype(jnp.float32)
+    return 1.0 + config.attn_scale * jnp.log1p(steps)
+
+
+def _lengths_after(context: Context) -> jax.Array:
+    """Tokens in each row once this call's are written, [b]."""
+    return jnp.maximum(context.lengths, jnp.max(context.positions, axis=1) + 1)
+
+
+def _held_positions(slots: int, lengths: jax.Array) -> jax.Array:
+    """The position in each slot, [b s]: the latest one congruent to the slot, or negative when it is empty."""
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    return slot + slots * ((lengths[:, None] - 1 - slot) // slots)  # floors to a negative turn when empty
+
+
+def _write(cache: LayerCache, key: jax.Array, value: jax.Array, context: Context) -> LayerCache:
+    """Stores the new keys and values, of which a chunked layer keeps those that are among its row's last."""
+    oldest = jnp.maximum(_lengths_after(context) - cache.slots, 0)
+    kept = context.positions >= oldest[:, None]
+    slots = jnp.where(kept, context.positions % cache.slots, cache.slots)  # past the end: dropped
+    rows = jnp.arange(key.shape[0])[:, None]
+
+    def put(buffer, new):
+        return buffer.at[rows, slots].set(new.astype(buffer.dtype), mode="drop")
+
+    return LayerCache(keys=put(cache.keys, key), values=put(cache.values, value))

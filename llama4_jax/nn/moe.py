@@ -1,0 +1,88 @@
+"""Mixture of experts: a shared expert for every token plus its top-k routed experts, none ever dropped.
+
+The router's score multiplies the expert's INPUT, which is not the same as multiplying its output: SwiGLU is not linear.
+Source: `Llama4TextMoe` in transformers, which computes every expert for every token; here tokens are sorted by expert
+and each is multiplied by the weights of its own experts only (MegaBlocks, Gale et al. 2022).
+"""
+
+from __future__ import annotations
+
+import einops
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llama4_jax.config import MoeConfig
+from llama4_jax.core import parameter
+from llama4_jax.kernels.grouped_matmul import grouped_matmul
+from llama4_jax.nn.mlp import Mlp, swiglu
+from llama4_jax.nn.router import Router
+
+
+class Experts(nnx.Module):
+    """The routed experts' weights: `gate_up` [e d 2 f] and `down` [e f d]."""
+
+    def __init__(self, config: MoeConfig, embed_dim: int, *, rngs: nnx.Rngs, output_gain: float, dtype=jnp.float32):
+        e, f = config.num_experts, config.expert_dim
+        axes = ("experts", "embed", "gate_up", "mlp")
+        self.gate_up = parameter.kernel(rngs, (e, embed_dim, 2, f), axes, fan_in=embed_dim, dtype=dtype)
+        self.down = parameter.kernel(
+            rngs, (e, f, embed_dim), ("experts", "mlp", "embed"), fan_in=f, gain=output_gain, dtype=dtype
+        )
+
+    def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """rows [m d] sorted by expert, group_sizes [e] rows of each; rows past their sum give 0."""
+        gate_up = einops.rearrange(self.gate_up[...], "e d two f -> e d (two f)")
+        hidden = grouped_matmul(rows, gate_up, group_sizes)
+        hidden = swiglu(einops.rearrange(hidden, "m (two f) -> m two f", two=2))
+        return grouped_matmul(hidden, self.down[...], group_sizes)
+
+
+class Moe(nnx.Module):
+    """x [b t d] and present [b t] bool in; the mixture's output [b t d] and the router's statistics out."""
+
+    def __init__(
+        self, config: MoeConfig, embed_dim: int, *, rngs: nnx.Rngs, output_gain: float = 1.0, dtype=jnp.float32
+    ):
+        self.config = config
+        self.router = Router(config, embed_dim, rngs=rngs, dtype=dtype)
+        self.experts = Experts(config, embed_dim, rngs=rngs, output_gain=output_gain, dtype=dtype)
+        self.shared = Mlp(embed_dim, config.expert_dim, rngs=rngs, output_gain=output_gain, dtype=dtype)
+
+    def __call__(self, x: jax.Array, present: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        flat, present = einops.rearrange(x, "b t d -> (b t) d"), present.reshape(-1)
+        with jax.named_scope("route"):
+            routing, statistics = self.router(flat, present)
+        with jax.named_scope("dispatch"):
+            inputs = flat[:, None] * routing.scores[..., None]  # [t k d]
+            # Padding goes to no expert: it sorts behind all groups, where rows cost nothing and give 0.
+            experts = jnp.where(present[:, None], routing.experts, self.config.num_experts).reshape(-1)
+            order = jnp.argsort(experts, stable=True)
+            inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+            group_sizes = jnp.zeros(self.config.num_experts, jnp.int32).at[experts].add(1, mode="drop")
+            rows = permute(einops.rearrange(inputs, "t k d -> (t k) d"), order, inverse)
+        with jax.named_scope("experts"):
+            rows = self.experts(rows, group_sizes)
+        with jax.named_scope("combine"):
+            outputs = einops.rearrange(permute(rows, inverse, order), "(t k) d -> t k d", k=self.config.top_k)
+            routed = jnp.sum(outputs, axis=1).reshape(x.shape)
+        assigned = jnp.sum(present) * self.config.top_k
+        statistics["dropped"] = (assigned - jnp.sum(group_sizes)).astype(jnp.float32)
+        return self.shared(x) + routed, statistics
+
+
+@jax.custom_vjp
+def permute(rows: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """rows[order], whose gradient is a gather by the inverse permutation and not a scatter."""
+    return rows[order]
+
+
+def _permute_forward(rows, order, inverse):
+    return rows[order], inverse
+
+
+def _permute_backward(inverse, gradient):
+    return gradient[inverse], None, None
+
+
+permute.defvjp(_permute_forward, _permute_backward)
