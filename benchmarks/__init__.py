@@ -1,0 +1,1 @@
+"""Speed and memory, measured: each script prints its figures beside a target or a baseline and takes `--json`."""
