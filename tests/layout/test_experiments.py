@@ -1,0 +1,34 @@
+"""Every experiment states its claim, how to run it and how long it takes, and can write its numbers as JSON."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+
+def test_docstrings_state_claim_command_and_wall_time(experiments):
+    for source in experiments:
+        text = ast.get_docstring(source.tree) or ""
+        name = source.parts[-1]
+        assert re.search(r"\bclaim\b", text, re.IGNORECASE), f"{source.name}: the docstring names no claim"
+        assert f"python -m experiments.{name}" in text, f"{source.name}: the docstring has no command to run it"
+        assert re.search(r"\bwall time\b", text, re.IGNORECASE), f"{source.name}: the docstring names no wall time"
+
+
+def test_every_experiment_has_a_json_flag(experiments):
+    for source in experiments:
+        flags = [
+            node.args[0].value
+            for node in ast.walk(source.tree)
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr.startswith("DEFINE")
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ]
+        assert "json" in flags, f"{source.name} defines {flags}, but not --json"
+
+
+def test_every_experiment_is_run_as_a_module(experiments):
+    for source in experiments:
+        assert 'if __name__ == "__main__":' in source.text, f"{source.name} does nothing when it is run"
