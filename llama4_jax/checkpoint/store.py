@@ -1,0 +1,216 @@
+"""Checkpoints of a run in progress: written in the background, whole or not at all, and checked when read.
+
+A store is a folder with one sub-folder a step. Each holds items: trees of arrays (`arrays`) and JSON values
+(`records`). Orbax writes a step under a temporary name and renames it when complete, so a process killed at any moment
+leaves only whole steps; a fingerprint of every array, taken on the device before writing, is compared on reading, so
+a file damaged later is found out rather than trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+logger = logging.getLogger(__name__)
+
+Tree = Any  # a pytree of arrays
+_FINGERPRINTS = "fingerprints"
+
+
+class CheckpointError(Exception):
+    """No checkpoint of a folder that has some can be read."""
+
+
+class MismatchError(ValueError):
+    """The arrays saved are whole, but not those asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """One step read back: the arrays and records that went into `Store.save`."""
+
+    step: int
+    arrays: dict[str, Tree]
+    records: dict[str, Any]
+
+
+class Store:
+    """Numbered checkpoints under `folder`, the newest `keep` of them. Use it as a context manager.
+
+    `read_only` is for a second process that looks on: it never creates, cleans up or renames anything.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, *, keep: int = 3, read_only: bool = False):
+        self.folder = pathlib.Path(folder).absolute()
+        self.read_only = read_only
+        if not read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """The steps that are saved whole, oldest first. One that is still being written is not among them."""
+        self._manager.reload()
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, arrays: Mapping[str, Tree], records: Mapping[str, Any]) -> None:
+        """Starts saving; returns once the arrays are copied, so that they may be donated. Names must be distinct."""
+        clashes = (set(arrays) & set(records)) | ({_FINGERPRINTS} & {*arrays, *records})
+        if clashes:
+            raise ValueError(f"item names {sorted(clashes)} are used twice or reserved; rename them")
+        records = dict(records) | {_FINGERPRINTS: {name: fingerprint(tree) for name, tree in arrays.items()}}
+        # Writing is later: copy what a caller may change meanwhile, and refuse what is not JSON here and now.
+        records = json.loads(json.dumps(records))
+        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        items |= {name: ocp.args.JsonSave(value) for name, value in records.items()}
+        if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
+            raise CheckpointError(f"step {step} was not saved in {self.folder}; is the folder opened read-only?")
+
+    def restore(self, like: Mapping[str, Tree | None]) -> Restored | None:
+        """The newest step that can be read; None if none is saved.
+
+        `like` names the items wanted and gives, for each, a tree of arrays or `jax.ShapeDtypeStruct`s whose shapes,
+        dtypes and placement the result has. None instead of a tree: the item is a flat dict, read as it was saved to
+        the default device. A damaged step is reported and, once an older one has been read instead, set aside as
+        `STEP.damaged`. Raises CheckpointError when all are damaged, MismatchError when the arrays saved are not those
+        of `like`.
+        """
+        self.wait()
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                restored = self._read(step, like)
+            except MismatchError:
+                raise
+            except Exception as error:  # damage surfaces as anything, from a KeyError to a storage error
+                damaged[step] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                logger.warning("checkpoint %s/%d cannot be read: %s", self.folder, step, damaged[step])
+                continue
+            self._set_aside(damaged, used=step)
+            return restored
+        if damaged:
+            raise CheckpointError(f"no checkpoint in {self.folder} can be read: {damaged}; move the folder to restart")
+        return None
+
+    def wait(self) -> None:
+        """Blocks until everything handed to `save` is on disk; raises if that failed."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    def _read(self, step: int, like: Mapping[str, Tree | None]) -> Restored:
+        folders = [path for path in (self.folder / str(step)).iterdir() if path.is_dir()]
+        json_items = [path.name for path in folders if path.name not in like and not (path / "_METADATA").exists()]
+        records = self._restore(step, {name: ocp.args.JsonRestore() for name in json_items})
+        prints = records.pop(_FINGERPRINTS)
+        wanted = {name: _flat(prints[name]) if tree is None else tree for name, tree in like.items()}
+        for name, tree in wanted.items():
+            _check_same(name, prints[name], tree)
+        abstract = {name: ocp.args.StandardRestore(jax.tree.map(_abstract, tree)) for name, tree in wanted.items()}
+        arrays = self._restore(step, abstract)
+        for name, tree in arrays.items():
+            _verify(name, prints[name], tree)
+        return Restored(step, arrays, records)
+
+    def _restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+        return dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
+
+    def _set_aside(self, damaged: dict[int, str], *, used: int) -> None:
+        for step in damaged if not self.read_only else ():
+            target = self.folder / f"{step}.damaged"
+            while target.exists():
+                target = target.with_name(target.name + "+")
+            (self.folder / str(step)).rename(target)
+            logger.warning("damaged checkpoint of step %d moved to %s; using step %d", step, target, used)
+        self._manager.reload()
+
+
+def load_params(folder: str | pathlib.Path) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """Parameters by dotted name, and the records, of the newest readable checkpoint in `folder`.
+
+    Safe beside a running training process. Raises FileNotFoundError when the folder holds no checkpoint.
+    """
+    folder = pathlib.Path(folder)
+    if folder.is_dir():
+        with Store(folder, read_only=True) as store:
+            restored = store.restore({"params": None})
+        if restored:
+            return restored.arrays["params"], restored.records
+    raise FileNotFoundError(f"no checkpoint in {folder}; give the `checkpoints` folder of a run that has saved one")
+
+
+def fingerprint(tree: Tree) -> dict[str, list]:
+    """For each array of `tree`, by its path: shape, dtype and the sum of its words of bits modulo 2^32.
+
+    One changed bit changes the sum, and neither layout nor sharding does, because integer addition has no rounding.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    sums = jax.device_get(_sums_of_bits([leaf for _, leaf in leaves]))
+    return {_path(path): [list(leaf.shape), str(leaf.dtype), int(total)] for (path, leaf), total in zip(leaves, sums)}
+
+
+@jax.jit
+def _sums_of_bits(arrays: list[jax.Array]) -> list[jax.Array]:
+    def total(array):
+        if array.dtype == jnp.bool_:
+            return jnp.sum(array, dtype=jnp.uint32)
+        word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+        return jnp.sum(jax.lax.bitcast_convert_type(array, word), dtype=jnp.uint32)
+
+    return [total(array) for array in arrays]
+
+
+def _check_same(item: str, prints: dict[str, list], tree: Tree) -> None:
+    wanted = {_path(path): [list(x.shape), str(x.dtype)] for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    saved = {path: entry[:2] for path, entry in prints.items()}
+    differences = [
+        f"{path}: saved {saved.get(path, 'nothing')}, wanted {wanted.get(path, 'nothing')}"
+        for path in sorted({*wanted, *saved})
+        if wanted.get(path) != saved.get(path)
+    ]
+    if differences:
+        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise MismatchError(
+            f"checkpoint item {item!r} is not what this run has ({'; '.join(differences[:5])}{more}); "
+            "use the configuration it was saved with, or a new folder"
+        )
+
+
+def _verify(item: str, prints: dict[str, list], tree: Tree) -> None:
+    changed = [path for path, entry in fingerprint(tree).items() if prints[path] != entry]
+    if changed:
+        raise CheckpointError(f"{item}: the bits of {', '.join(changed[:3])} are not those that were saved")
+
+
+def _flat(prints: dict[str, list]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The template of a flat dict from its fingerprints; a path is "['name']"."""
+    return {path[2:-2]: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, (shape, dtype, _) in prints.items()}
+
+
+def _abstract(leaf) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+_path = jax.tree_util.keystr

@@ -1,0 +1,80 @@
+"""How a model is trained, as frozen dataclasses; imports no JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, or Muon for the hidden matrices with AdamW for the rest; learning rate by warm-up and cosine."""
+
+    name: str = "adamw"  # "adamw" or "muon"
+    learning_rate: float = 2e-3  # at its highest, after warm-up
+    warmup_steps: int = 100  # steps of linear growth from learning_rate / warmup_steps
+    final_fraction: float = 0.1  # learning rate at the last step, as a share of the highest
+    beta1: float = 0.9  # decay of Adam's mean of gradients
+    beta2: float = 0.98  # decay of Adam's mean of squared gradients
+    epsilon: float = 1e-8  # added to Adam's denominator
+    weight_decay: float = 0.1  # decoupled, times the learning rate; on projection matrices only
+    clip_norm: float = 1.0  # longest global gradient, in L2 norm
+    momentum: float = 0.95  # Muon's decay of its mean of gradients
+    muon_rms: float = 0.2  # root mean square of Muon's update before the learning rate (AdamW's is about 0.2)
+
+    def __post_init__(self):
+        _member(self, "name", ("adamw", "muon"))
+        _positive(self, "learning_rate", "epsilon", "clip_norm", "muon_rms")
+        _not_negative(self, "warmup_steps", "weight_decay")
+        _share(self, "final_fraction", "beta1", "beta2", "momentum")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run, apart from the model and the data."""
+
+    steps: int  # optimiser steps in the whole run; the schedule's length
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    accumulation: int = 1  # loader batches whose gradients make one step
+    compute_dtype: str = "float32"  # "float32" or "bfloat16"; master weights and router stay float32
+    remat: str = "none"  # "none" or "block": recompute each decoder block in the backward pass
+    z_loss: float = 0.0  # weight of logsumexp(logits)^2, which keeps logits from drifting
+    balance_loss: float = 0.0  # weight of the experts' balance loss
+    router_z_loss: float = 0.0  # weight of the router's own z-loss
+    bias_rate: float = 0.0  # step of the selection-only bias towards an even load; needs moe.selection_bias
+    logits_limit: int = 2**26  # most logits held at once; more are computed in chunks of tokens
+    log_every: int = 10  # steps between lines of metrics
+    save_every: int = 500  # steps between checkpoints
+    keep: int = 3  # checkpoints kept, newest first
+    on_nan: str = "stop"  # "stop", or "rollback": back to the last checkpoint, without the offending batch
+    seed: int = 0  # of the generator handed to the objective
+
+    def __post_init__(self):
+        _member(self, "compute_dtype", ("float32", "bfloat16"))
+        _member(self, "remat", ("none", "block"))
+        _member(self, "on_nan", ("stop", "rollback"))
+        _positive(self, "steps", "accumulation", "logits_limit", "log_every", "save_every", "keep")
+        _not_negative(self, "z_loss", "balance_loss", "router_z_loss", "bias_rate")
+
+
+def _member(config, name: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in allowed:
+        raise ValueError(f"{type(config).__name__}.{name}={value!r}; use one of {', '.join(map(repr, allowed))}")
+
+
+def _positive(config, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{type(config).__name__}.{name}={getattr(config, name)} must be positive")
+
+
+def _not_negative(config, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{type(config).__name__}.{name}={getattr(config, name)} must be 0 or more")
+
+
+def _share(config, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{type(config).__name__}.{name}={getattr(config, name)} must lie in [0, 1]")

@@ -1,0 +1,1 @@
+"""Training: state, losses, optimiser, one jitted step, and a loop that survives being killed."""

@@ -1,0 +1,47 @@
+"""Pretraining in one call: from a fresh model, a loader and a configuration to a trained model."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from llama4_jax.config import to_dict
+from llama4_jax.config.train import TrainConfig
+from llama4_jax.core import names
+from llama4_jax.model import Llama4
+from llama4_jax.train import losses, optim, step
+from llama4_jax.train.loop import Callback, Loader, train
+from llama4_jax.train.state import create
+
+
+def run(
+    model: Llama4,
+    loader: Loader,
+    config: TrainConfig,
+    *,
+    folder: str | pathlib.Path,
+    callbacks: Sequence[Callback] = (),
+    records: Mapping[str, Any] | None = None,
+    objective: Callable[..., losses.Terms] | None = None,
+) -> Llama4:
+    """Trains `model`, or resumes the run in `folder`, and returns the trained model; see `loop.train`.
+
+    The arrays of `model` are given up. objective: `(model, batch, rng) -> losses.Terms`, by default the next-token
+    loss with the weights of `config`. Callbacks get parameters by name: `core.names.split(model)[0].merge` makes a
+    model of them, best inside the jitted function that uses it.
+    """
+    structure, params = names.split(model)
+    objective = objective or functools.partial(losses.next_token, config=config)
+    optimizer = optim.make(config.optimizer, config.steps)
+    state = train(
+        create(params, optimizer, seed=config.seed),
+        step.make(structure, objective, optimizer, config, model.config.text),
+        loader,
+        config,
+        folder=folder,
+        callbacks=callbacks,
+        records={"model_config": to_dict(model.config)} | dict(records or {}),
+    )
+    return structure.merge(state.params)

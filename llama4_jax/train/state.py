@@ -1,0 +1,46 @@
+"""What a training run carries from step to step, and the parameters as the forward pass sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Params = dict[str, jax.Array]
+
+# Routing compares logits that may differ by less than bfloat16 resolves, and the bias moves by less than it resolves.
+_ALWAYS_FLOAT32 = ("router.kernel", "selection_bias")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that the next step depends on, besides the batch. All of it is in each checkpoint."""
+
+    step: jax.Array  # [] int32, optimiser steps taken
+    params: Params  # master weights by dotted name (core.names), float32
+    opt_state: optax.OptState
+    rng: jax.Array  # key data; the objective of step i gets fold_in(rng, i)
+
+
+def create(params: Params, optimizer: optax.GradientTransformation, *, seed: int = 0) -> TrainState:
+    """The state before the first step. It shares the arrays of `params`, and the first step takes them over."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        rng=jax.random.key_data(jax.random.key(seed)),
+    )
+
+
+def cast(params: Params, dtype) -> Params:
+    """Parameters in the compute dtype; router kernels and selection biases stay as they are.
+
+    Modules compute in the dtype of their weights, so this is all that mixed precision takes; the gradients come back
+    in the dtype of the master weights.
+    """
+    return {
+        name: value if name.endswith(_ALWAYS_FLOAT32) else value.astype(dtype) for name, value in params.items()
+    }
