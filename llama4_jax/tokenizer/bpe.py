@@ -1,0 +1,132 @@
+"""Byte-level BPE over the o200k-type split, read from a tiktoken-format file.
+
+The file has one line a token: the token's bytes in base64, a space, its rank. Ranks run from 0 without gaps and
+are the ids of ordinary text; special tokens follow them (see `special`).
+
+Source: tiktoken (the algorithm and the file format); the published Llama 4 tokenizer (the split pattern).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+
+import tiktoken
+
+from llama4_jax.tokenizer import special
+
+# Words are cut at a change from lower to upper case and keep English contractions; digits go by threes.
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+SPLIT_PATTERN = "|".join(
+    (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+
+class Tokenizer:
+    """Encodes text to ids and back.
+
+    Ids 0 .. base-1 are ordinary; `special[name]`, by bare name such as "eot", are base .. vocab_size-1.
+    Text never becomes a special id unless `allow_special` asks for it.
+    """
+
+    def __init__(self, ranks: Mapping[bytes, int]):
+        """`ranks`: bytes of a token -> rank, 0 .. len(ranks)-1, among them all 256 single bytes."""
+        self.special: dict[str, int] = {
+            name: len(ranks) + offset for offset, name in enumerate(special.names(len(ranks)))
+        }
+        self._encoding = tiktoken.Encoding(
+            name=f"llama4-{len(ranks)}",
+            pat_str=SPLIT_PATTERN,
+            mergeable_ranks=dict(ranks),
+            special_tokens={special.spelling(name): token for name, token in self.special.items()},
+        )
+        self.vocab_size = len(ranks) + len(self.special)
+        self.bos = self.special["begin_of_text"]
+        self.eos = self.special["end_of_text"]
+        self.pad = self.special["finetune_right_pad"]
+        self.stop = (self.eos, self.special["eom"], self.special["eot"])
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
+        """Ids of `text`, optionally between begin_of_text and end_of_text.
+
+        allow_special: `<|eot|>` and its like in `text` become their ids; otherwise they are plain text.
+        """
+        if allow_special:
+            tokens = self._encoding.encode(text, allowed_special="all")
+        else:
+            tokens = self._encoding.encode_ordinary(text)
+        return [self.bos] * bos + tokens + [self.eos] * eos
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of `tokens`; special tokens appear as `<|name|>`, bytes that are not UTF-8 as U+FFFD.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        tokens = [int(token) for token in tokens]
+        outside = [token for token in tokens if not 0 <= token < self.vocab_size]
+        if outside:
+            raise ValueError(
+                f"token {outside[0]} is outside the vocabulary of {self.vocab_size}; "
+                "decode with the tokenizer that the model was trained with"
+            )
+        return self._encoding.decode(tokens, errors="replace")
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size}, special={len(self.special)})"
+
+
+def load(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer in a tiktoken-format file.
+
+    Raises ValueError, naming file and line, for anything but base64 bytes and gapless ranks.
+    """
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(pathlib.Path(path).read_bytes().splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise ValueError(
+                f"{path}, line {number}: wanted base64 bytes, a space and a rank, got {line[:60]!r}; "
+                "is this a tiktoken-format file?"
+            ) from error
+    _check(ranks, path)
+    return Tokenizer(ranks)
+
+
+def save(ranks: Mapping[bytes, int], path: str | os.PathLike) -> None:
+    """Writes `ranks` in tiktoken's format. A reader sees the old file or the whole new one, never a part."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    lines = (
+        b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+    )
+    temporary.write_bytes(b"".join(lines))
+    os.replace(temporary, path)
+
+
+def _check(ranks: Mapping[bytes, int], path) -> None:
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(
+            f"{path}: ranks must run from 0 to {len(ranks) - 1}, each once and each for other bytes; "
+            "the file is damaged or was cut: fetch or train it again"
+        )
+    absent = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if absent:
+        raise ValueError(f"{path}: {len(absent)} of the 256 single bytes have no rank, first {absent[0]:#04x}")

@@ -1,0 +1,90 @@
+"""Trains a byte-level BPE vocabulary on given texts and saves it in tiktoken's format.
+
+Source: the `tokenizers` library does the counting and merging; Sennrich et al. 2016 (BPE), Radford et al. 2019 (over
+bytes).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from llama4_jax.tokenizer import bpe, special
+
+
+def train(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> bpe.Tokenizer:
+    """The tokenizer at `path`, trained on `texts` unless it is there already.
+
+    vocab_size: ids in all, special tokens included. The same texts give the same file. Beside it, `path`.corpus keeps
+    a digest of what it was trained on, so that a vocabulary of another corpus is never taken for this one.
+
+    Raises ValueError when `path` holds a tokenizer of other texts or size, when `texts` are too poor for `vocab_size`,
+    or when `vocab_size` has no room for the bytes and the special tokens.
+    """
+    path = pathlib.Path(path)
+    texts = list(texts)
+    digest = _digest(texts, vocab_size)
+    record = path.with_name(path.name + ".corpus")
+    if path.exists():
+        if not record.exists() or record.read_text().strip() != digest:
+            raise ValueError(
+                f"{path} was trained on other texts or to another size than vocab_size={vocab_size}; "
+                "open it with tokenizer.load, delete it, or choose another path"
+            )
+        return bpe.load(path)
+    ranks = _merge(texts, base=vocab_size - len(special.USED))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(digest + "\n")
+    bpe.save(ranks, path)
+    return bpe.load(path)
+
+
+def _merge(texts: list[str], base: int) -> dict[bytes, int]:
+    """Bytes of each token -> rank, `base` of them: the 256 bytes, then merges from the most frequent on."""
+    if base < 256 or base == special.LLAMA4_BASE:
+        fewest = 256 + len(special.USED)
+        raise ValueError(
+            f"vocab_size={base + len(special.USED)} leaves {base} ordinary tokens; wanted vocab_size >= {fewest} "
+            f"and other than {special.LLAMA4_BASE + len(special.USED)}, which would pass for the published vocabulary"
+        )
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(bpe.SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    model.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=base, initial_alphabet=alphabet, special_tokens=[], show_progress=False)
+    model.train_from_iterator(texts, trainer)
+    vocabulary = model.get_vocab()
+    if len(vocabulary) < base:
+        raise ValueError(
+            f"the texts yield {len(vocabulary)} tokens, wanted {base}; "
+            f"give more text or vocab_size <= {len(vocabulary) + len(special.USED)}"
+        )
+    byte_of = _byte_alphabet()
+    return {bytes(byte_of[letter] for letter in token): rank for token, rank in vocabulary.items()}
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The letter that stands for each byte in byte-level BPE -> that byte.
+
+    Printable Latin-1 stands for itself; the other bytes, in order, for the letters from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others: Iterator[int] = iter(range(0x100, 0x200))
+    return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+
+
+def _digest(texts: list[str], vocab_size: int) -> str:
+    digest = hashlib.sha256(f"{vocab_size}\n{bpe.SPLIT_PATTERN}\n".encode())
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
