@@ -1,0 +1,63 @@
+"""Attention as in the paper, holding every score: the specification that the other implementations are tested against.
+
+Source: Vaswani et al., "Attention Is All You Need", section 3.2; grouped heads from Ainslie et al., "GQA" (2023).
+Difference from them: a query that sees nothing gives zeros, and so do its gradients.
+"""
+
+from __future__ import annotations
+
+import einops
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from llama4_jax.kernels.attention import mask
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+    chunk_size: int | None,
+) -> jax.Array:
+    """Each query's average of the values that `mask.visible` lets it see; [b t n h] in the query's dtype.
+
+    Weights are the softmax of query . key / sqrt(h), taken in float32 whatever the inputs' dtype. Query head i reads
+    key-value head i // (n / k). Memory grows with t * s.
+
+    Args:
+        query: [b t n h].
+        key, value: [b s k h], where k divides n.
+        query_positions, query_segments: [b t] int, see `mask.visible`.
+        key_positions, key_segments: [b s] int.
+        chunk_size: positions in a chunk, or None.
+    """
+    rule = mask.visible(query_positions, key_positions, query_segments, key_segments, chunk_size)  # [b t s]
+    return _average(query, key, value, rule[:, None, None])
+
+
+def attend_all(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """As `attend`, every query seeing every key (bidirectional, as in the vision tower); [b t n h]."""
+    return _average(query, key, value, None)
+
+
+def _average(query: jax.Array, key: jax.Array, value: jax.Array, rule: jax.Array | None) -> jax.Array:
+    """Softmax attention under `rule`, bool, broadcast against [b k g t s]; None sees all."""
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    grouped = einops.rearrange(query, "b t (k g) h -> b k g t h", k=key.shape[2])
+    # Scale the scores, not the query: in bfloat16 that would round once more.
+    scores = jnp.einsum("bkgth,bskh->bkgts", grouped, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
+    if rule is not None:
+        scores = jnp.where(rule, scores, -jnp.inf)
+    # The lowest number stands in for the -inf of a row that sees nothing, whose total is then 0 and not nan.
+    peak = jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(wide).min)
+    weights = jnp.exp(scores - lax.stop_gradient(peak))
+    total = weights.sum(-1, keepdims=True)  # [b k g t 1]
+    out = jnp.einsum("bkgts,bskh->bkgth", weights, value.astype(wide), preferred_element_type=wide)
+    out = out / jnp.where(total > 0, total, 1.0)
+    return einops.rearrange(out, "b k g t h -> b t (k g) h").astype(query.dtype)
