@@ -106,9 +106,8 @@ VARIANTS = {
         "rope": SMOOTH_ROPE,
     },
     "nope3_tail": {
-        "num_hidden_layers": 14,
+        "num_hidden_layers": 8,
         "hidden_size": 32,
-        "interleave_moe_layer_step": 2,
         "no_rope_layer_interval": 3,
         "attention_chunk_size": 7,
         "floor_scale": 5,
@@ -118,7 +117,8 @@ VARIANTS = {
     "tied": {
         "tie_word_embeddings": True,
         "attn_temperature_tuning": False,
-        "num_hidden_layers": 9,
+        "num_hidden_layers": 5,
+        "no_rope_layer_interval": 2,
         "num_attention_heads": 3,
         "num_key_value_heads": 3,
     },
