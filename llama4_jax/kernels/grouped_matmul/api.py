@@ -1,0 +1,96 @@
+"""Grouped matrix product: rows sorted by group, each multiplied by the matrix of its own group.
+
+This is all the arithmetic of a mixture of experts. Its cost follows the number of rows, whatever the number of groups
+and however unevenly the rows fall, and no row is ever dropped.
+
+A backend is a function with the signature of `reference.grouped_matmul`; it joins `IMPLEMENTATIONS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+
+from llama4_jax.kernels.grouped_matmul import blocked, ragged, reference
+
+IMPLEMENTATIONS = {
+    "reference": reference.grouped_matmul,
+    "blocked": blocked.grouped_matmul,
+    "ragged": ragged.grouped_matmul,
+}
+
+_logger = logging.getLogger(__name__)
+
+
+def grouped_matmul(
+    lhs: jax.Array,
+    rhs: jax.Array | tuple[jax.Array, ...],
+    group_sizes: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`out[i] = lhs[i] @ rhs[g]` for each row i of group g: `[m n]` in lhs's dtype, summed in float32.
+
+    The first `group_sizes[0]` rows are group 0's, the next `group_sizes[1]` are group 1's, and so on; groups may be
+    empty. Rows past the last group give 0 and receive no gradient. Differentiable in lhs and rhs, in reverse mode.
+
+    Args:
+        lhs: [m k], rows sorted by group.
+        rhs: [e k n], or a tuple of e arrays [k n]: on the CPU a matrix of its own is read in place, where one out of a
+            stack is copied first, which decoding feels (it reads each matrix for a row or two) and training does not.
+        group_sizes: [e] int32, not negative, with a sum of at most m.
+        implementation: a name in `IMPLEMENTATIONS`, or None to choose by platform.
+
+    Raises:
+        ValueError: for an unknown implementation, or shapes or dtypes that do not belong together.
+    """
+    rhs = tuple(rhs) if isinstance(rhs, (tuple, list)) else rhs
+    _check(lhs, rhs, group_sizes)
+    if implementation is None:
+        implementation = choose(jax.default_backend())
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} is unknown; use None or one of {sorted(IMPLEMENTATIONS)}")
+    if lhs.shape[0] == 0:
+        return jnp.zeros((0, _matrix_shape(rhs)[1]), lhs.dtype)
+    if isinstance(rhs, tuple) and implementation != "blocked":
+        rhs = jnp.stack(rhs)
+    with jax.named_scope("grouped_matmul"):
+        return IMPLEMENTATIONS[implementation](lhs, rhs, group_sizes)
+
+
+@functools.cache
+def choose(platform: str) -> str:
+    """The implementation for a platform ("cpu", "gpu", "tpu"), logged once for each."""
+    implementation = "blocked" if platform == "cpu" else "ragged"
+    _logger.info("grouped_matmul on %s runs as %r", platform, implementation)
+    return implementation
+
+
+def _matrix_shape(rhs) -> tuple[int, ...]:
+    return rhs[0].shape if isinstance(rhs, tuple) else rhs.shape[1:]
+
+
+def _check(lhs, rhs, group_sizes):
+    matrices = rhs if isinstance(rhs, tuple) else (rhs,)
+    if isinstance(rhs, tuple) and len({(matrix.shape, matrix.dtype) for matrix in rhs}) != 1:
+        shapes = [f"{matrix.dtype}{list(matrix.shape)}" for matrix in rhs]
+        raise ValueError(f"a tuple rhs must hold matrices of one shape and dtype, at least one; got {shapes}")
+    groups = len(rhs) if isinstance(rhs, tuple) else rhs.shape[0]
+    if lhs.ndim != 2 or len(_matrix_shape(rhs)) != 2 or lhs.shape[1] != _matrix_shape(rhs)[0]:
+        raise ValueError(
+            f"grouped_matmul wants lhs [m k] and rhs [e k n]; got lhs {list(lhs.shape)} and rhs "
+            f"{[groups, *_matrix_shape(rhs)]}; flatten tokens to rows, and check that k agrees"
+        )
+    if group_sizes.shape != (groups,) or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(
+            f"group_sizes must be integers [e={groups}], one for each matrix of rhs; got "
+            f"{group_sizes.dtype}{list(group_sizes.shape)}; count rows with zeros(e, int32).at[experts].add(1)"
+        )
+    dtypes = {lhs.dtype, matrices[0].dtype}
+    if len(dtypes) != 1 or not jnp.issubdtype(lhs.dtype, jnp.floating):
+        raise ValueError(
+            f"lhs and rhs must share a floating dtype; got {lhs.dtype} and {matrices[0].dtype}; cast one of them"
+        )
