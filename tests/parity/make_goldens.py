@@ -213,7 +213,7 @@ def make(folder: pathlib.Path, variant: dict, seed: int) -> tuple[dict[str, np.n
     meta = {
         "seed": seed,
         "sha256": goldens.digest(weights),
-        "router_margin": min(router_margins),
+        "router_margin": min(router_margins, default=float("inf")),
         "greedy_margin": margin(arrays["greedy_logits"], 1),
         "cache_error": float(np.abs(whole[:, tokens.shape[1] - 1 : -1] - arrays["greedy_logits"]).max()),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
