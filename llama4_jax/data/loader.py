@@ -5,9 +5,10 @@
     state = batches.get_state()           # of the batches handed out, whatever was prepared ahead
     batches.set_state(state)              # also in another process: the same batches follow
 
-The iterator is grain's, so Orbax saves it with grain's checkpoint handlers. Making a batch costs a few per cent of a
-training step, all of it under one interpreter lock: worker processes would cost more to start than they could save, so a
-single thread works ahead, while XLA computes.
+The iterator is grain's, so grain's Orbax handlers can save it too. Making a batch costs a few per cent of a training step,
+all of it under one interpreter lock: worker processes would cost more to start than they could save. One thread can work
+ahead, which gains nothing where XLA computes on the same cores, and takes loading off the clock beside an accelerator.
+Let go of the iterator before the interpreter exits (keep it out of module globals): grain's clean-up complains otherwise.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ def make(config: DataConfig, tokenizer: Tokenizer, split: str = "train") -> grai
 
     Raises ValueError when the pictures cannot fit in a batch.
     """
-    dataset = _Batches(config, tokenizer, split)
-    return iter(ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=config.prefetch))
+    dataset: grain.IterDataset[Batch] = _Batches(config, tokenizer, split)
+    # grain takes a buffer of 0 for an unbounded one when it restores, and then two threads pull at the same batches.
+    if config.prefetch:
+        dataset = ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=config.prefetch)
+    return iter(dataset)
 
 
 def fill_ratio(batch: Batch) -> dict[str, float]:

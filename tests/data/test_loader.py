@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 
+import grain
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from llama4_jax.data import emoji, heldout, loader
@@ -159,6 +161,22 @@ assert not {{"tensorflow", "torch"}} & set(sys.modules)
     subprocess.run([sys.executable, "-c", program], cwd=root, check=True)
     for number, batch in enumerate(expected):
         _assert_same(dict(np.load(tmp_path / f"{number}.npz")), batch)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_orbax_saves_and_restores_the_iterator(config, tok, tmp_path, prefetch):
+    config = dataclasses.replace(config, prefetch=prefetch)
+    batches, restored = loader.make(config, tok), loader.make(config, tok)
+    for _ in range(3):
+        next(batches)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(batches)))
+        manager.wait_until_finished()
+        manager.restore(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)))
+    for _ in range(3):
+        _assert_same(next(restored), next(batches))
+    batches.close()
+    restored.close()
 
 
 def test_a_state_of_another_configuration_is_refused(config, tok):
