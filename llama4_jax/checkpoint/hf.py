@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -50,15 +51,12 @@ def save_hf(model: Llama4, folder, *, max_shard_bytes: int = SHARD_BYTES) -> Non
     Raises NotImplementedError for a model that the format cannot express, before anything is written.
     """
     folder = pathlib.Path(folder).absolute()
-    leaves, table = _leaves(model), _table(model)
-    dtypes = sorted({str(leaf.dtype) for leaf in leaves.values()})
-    # Mixed weights (an fp32 router) are stored as they are; config.json names the commonest dtype.
-    main = max(dtypes, key=lambda name: sum(leaf.size for leaf in leaves.values() if str(leaf.dtype) == name))
+    leaves = _leaves(model)
     documents = {
-        "config.json": hf_config.to_hf(model.config, main),
+        "config.json": hf_config.to_hf(model.config, _main_dtype(leaves)),
         "generation_config.json": hf_config.generation_to_hf(model.config),
     }
-    entries = {entry.key: entry for entry in table}
+    entries = {entry.key: entry for entry in _table(model)}
     sizes = {
         key: math.prod(entry.file_shape(leaves[entry.path].shape)) * leaves[entry.path].dtype.itemsize
         for key, entry in entries.items()
@@ -156,6 +154,14 @@ def _table(model: Llama4) -> list[mapping.Entry]:
     promised = {entry.key: entry.file_shape(leaves[entry.path]) for entry in table if entry.path in leaves}
     mapping.account(table, promised, leaves, "the model's mapping")
     return table
+
+
+def _main_dtype(leaves: Mapping[str, nnx.Param]) -> str:
+    """What config.json names: the dtype of most weights. Others (an fp32 router) are stored as they are all the same."""
+    sizes = Counter()
+    for leaf in leaves.values():
+        sizes[str(leaf.dtype)] += leaf.size
+    return sizes.most_common(1)[0][0]
 
 
 def _dotted(path: tuple) -> str:
