@@ -1,0 +1,1 @@
+"""One script per job or claim; run as `python -m experiments.NAME --flags`."""
