@@ -134,11 +134,12 @@ class HuggingFace:
     def _train(self, case: str, variant: str):
         model = self._compiled if variant == "compile" else self.model
         tokens = torch.from_numpy(workload.train_tokens())
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **workload.ADAMW)
 
         def call():
             with self._training(), workload.timed() as timing:
-                loss = model(tokens[:, :-1], shift_labels=tokens[:, 1:], labels=tokens[:, 1:], use_cache=False).loss
+                loss = model(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
