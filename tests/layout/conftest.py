@@ -8,6 +8,7 @@ import pathlib
 
 import pytest
 
+EXPERIMENT_PARTS = {"__init__", "output"}  # files in experiments/ that are no experiment and that experiments import
 FOLDERS = ("llama4_jax", "experiments", "benchmarks", "launch", "tests")
 
 
@@ -57,4 +58,6 @@ def library(sources) -> list[Source]:
 
 @pytest.fixture(scope="session")
 def experiments(sources) -> list[Source]:
-    return [source for source in sources if source.parts[0] == "experiments" and source.parts[-1] != "__init__"]
+    """Scripts of one claim or job each."""
+    found = [source for source in sources if source.parts[0] == "experiments"]
+    return [source for source in found if source.parts[-1] not in EXPERIMENT_PARTS]

@@ -15,18 +15,31 @@ def test_docstrings_state_claim_command_and_wall_time(experiments):
         assert re.search(r"\bwall time\b", text, re.IGNORECASE), f"{source.name}: the docstring names no wall time"
 
 
-def test_every_experiment_has_a_json_flag(experiments):
+def test_every_experiment_ends_with_numbers_that_json_can_hold(sources, experiments):
+    """The flag --json belongs to experiments/output.py; an experiment has it by importing that, and uses it at its end."""
+    (output,) = [source for source in sources if source.name == "experiments/output.py"]
+    assert "json" in defined_flags(output)
     for source in experiments:
-        flags = [
-            node.args[0].value
-            for node in ast.walk(source.tree)
-            if isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr.startswith("DEFINE")
-            and node.args
-            and isinstance(node.args[0], ast.Constant)
-        ]
-        assert "json" in flags, f"{source.name} defines {flags}, but not --json"
+        assert "experiments.output" in source.imports(), f"{source.name} does not import experiments.output"
+        assert calls(source, "output", "finish"), f"{source.name} never calls output.finish(results)"
+
+
+def defined_flags(source) -> list[str]:
+    return [
+        node.args[0].value
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr.startswith("DEFINE")
+        and isinstance(node.args[0], ast.Constant)
+    ]
+
+
+def calls(source, module: str, function: str) -> bool:
+    return any(
+        isinstance(node, ast.Call) and ast.unparse(node.func) == f"{module}.{function}"
+        for node in ast.walk(source.tree)
+    )
 
 
 def test_every_experiment_is_run_as_a_module(experiments):
