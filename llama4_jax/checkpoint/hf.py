@@ -98,6 +98,13 @@ def to_tensors(model: Llama4) -> dict[str, np.ndarray]:
     return {entry.key: entry.to_file(np.asarray(leaves[entry.path])) for entry in _table(model)}
 
 
+def tensor_shapes(config: Llama4Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a checkpoint of `config`; nothing is allocated."""
+    abstract = jax.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0)))
+    leaves = _leaves(abstract)
+    return {entry.key: entry.file_shape(leaves[entry.path].shape) for entry in _table(abstract)}
+
+
 class _InMemory:
     """Tensors of a dict, with the interface of `tensors.Reader`."""
 
