@@ -32,7 +32,7 @@ test: venv
 
 test-all: test parity-venv
 	$(RUN_PARITY) -m pytest -m parity $(FLAGS)
-	$(RUN_PARITY) tests/goldens/make_goldens.py --check
+	$(RUN_PARITY) tests/parity/make_goldens.py --check
 
 lint: venv
 	$(RUN) -m ruff check .
