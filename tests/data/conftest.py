@@ -1,5 +1,7 @@
 """A small data set and a tokenizer for it, shared by the data tests."""
 
+import pathlib
+
 import pytest
 
 from llama4_jax import tokenizer
@@ -26,6 +28,13 @@ def config() -> DataConfig:
 
 
 @pytest.fixture(scope="session")
-def tok(config, tmp_path_factory) -> tokenizer.Tokenizer:
-    texts = loader.tokenizer_texts(config, text_bytes=40_000)
-    return tokenizer.train(texts, 500, tmp_path_factory.mktemp("data") / "tokenizer.model")
+def vocabulary(config, tmp_path_factory) -> pathlib.Path:
+    """The file of the tokenizer `tok`."""
+    path = tmp_path_factory.mktemp("data") / "tokenizer.model"
+    tokenizer.train(loader.tokenizer_texts(config, text_bytes=40_000), 500, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tok(vocabulary) -> tokenizer.Tokenizer:
+    return tokenizer.load(vocabulary)

@@ -78,10 +78,20 @@ def test_padding_has_no_segment_and_no_weight(config, tok):
         assert not batch[name][padding].any()
 
 
+def _tight(config, tok):
+    """One row that has room for the first two documents, but not for every later pair: (config, its pictures)."""
+    for seed in itertools.count():
+        tight = dataclasses.replace(config, seed=seed, rows=1, images_per_batch=2)
+        pictures = Pictures(tight, tok)
+        lengths = [len(pictures.document(position)) for position in range(2 * pictures.epoch)]
+        room = max(lengths[0] + lengths[1], max(lengths))
+        if any(left + right > room for left, right in zip(lengths[::2], lengths[1::2])):
+            return dataclasses.replace(tight, sequence_length=room), pictures
+
+
 def test_pictures_without_room_wait_for_the_next_batch_and_leave_tiles_of_zeros(config, tok):
-    # Rows of 40 hold one or two documents of 16 to 28 positions: now and then the fifth finds no room.
-    tight = dataclasses.replace(config, rows=4, sequence_length=44)
-    batches, pictures = loader.make(tight, tok), Pictures(tight, tok)
+    tight, pictures = _tight(config, tok)
+    batches = loader.make(tight, tok)
     shown, waited = [], 0
     for batch in itertools.islice(batches, 40):
         real = np.any(batch["images"] != 0, axis=(1, 2, 3))
@@ -141,12 +151,11 @@ def test_the_state_does_not_depend_on_how_far_ahead_batches_were_prepared(config
     ahead.close()
 
 
-def test_a_new_process_continues_where_the_old_one_stopped(config, tok, tmp_path, root):
+def test_a_new_process_continues_where_the_old_one_stopped(config, tok, vocabulary, tmp_path, root):
     batches = loader.make(config, tok)
     for _ in range(6):
         next(batches)
     state, expected = batches.get_state(), [next(batches) for _ in range(2)]
-    vocabulary = next(path for path in tmp_path.parent.rglob("tokenizer.model"))
     program = f"""
 import json, sys, numpy as np
 from llama4_jax import tokenizer
