@@ -120,8 +120,8 @@ class DecoderAttention(nnx.Module):
             key_segments = (key_positions >= 0).astype(jnp.int32)
         attended = kernels.attend(
             query,
-            key,
-            value,
+            key.astype(query.dtype),
+            value.astype(query.dtype),
             query_positions=context.positions,
             key_positions=key_positions,
             query_segments=query_segments,
