@@ -41,7 +41,7 @@ class TrainConfig:
     balance_loss: float = 0.0  # weight of the experts' balance loss
     router_z_loss: float = 0.0  # weight of the router's own z-loss
     bias_rate: float = 0.0  # step of the selection-only bias towards an even load; needs moe.selection_bias
-    logits_limit: int = 2**26  # most logits held at once; more are computed in chunks of tokens
+    logits_limit: int = 2**24  # most logits held at once, per device; more are computed in chunks of time
     log_every: int = 10  # steps between lines of metrics
     save_every: int = 500  # steps between checkpoints
     keep: int = 3  # checkpoints kept, newest first

@@ -84,6 +84,8 @@ def train(
     Raises NonFiniteError, and Interrupted on SIGTERM or SIGINT.
     """
     folder = pathlib.Path(folder)
+    # As a restored state is: placed for good. Otherwise the first step after resuming would be compiled anew.
+    state = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), state)
     records = {"train_config": to_dict(config)} | dict(records or {})
     with Store(folder / "checkpoints", keep=config.keep) as store, _Signals() as signals:
         restored = store.restore(_arrays(state))

@@ -59,7 +59,8 @@ def next_token(model, batch: dict[str, jax.Array], rng: jax.Array, *, config: Tr
     )
     weight = weights.sum()
     router = {name: value.mean() for name, value in out.aux.items() if name != "load" and value.size}
-    router_loss = config.balance_loss * router.get("balance_loss", 0.0) + config.router_z_loss * router.get("z_loss", 0.0)
+    router_loss = config.balance_loss * router.get("balance_loss", 0.0)
+    router_loss += config.router_z_loss * router.get("z_loss", 0.0)
     sums = {"loss": nll} | {f"router_{name}": weight * value for name, value in router.items()}
     if "load" in out.aux and out.aux["load"].size:
         sums["load"] = weight * jax.lax.stop_gradient(out.aux["load"])  # [l e]
@@ -73,7 +74,7 @@ def cross_entropy(
     weights: jax.Array,
     *,
     z_loss: float = 0.0,
-    logits_limit: int = 2**26,
+    logits_limit: int = 2**24,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sums over tokens of (nll + z_loss * logsumexp^2), and of nll alone; both float32.
 

@@ -41,6 +41,4 @@ def cast(params: Params, dtype) -> Params:
     Modules compute in the dtype of their weights, so this is all that mixed precision takes; the gradients come back
     in the dtype of the master weights.
     """
-    return {
-        name: value if name.endswith(_ALWAYS_FLOAT32) else value.astype(dtype) for name, value in params.items()
-    }
+    return {name: value if name.endswith(_ALWAYS_FLOAT32) else value.astype(dtype) for name, value in params.items()}

@@ -65,6 +65,34 @@ def small_config():
     )
 
 
+def run_config(**changes):
+    """The run of `main`; tests that train the same model share its compiled step."""
+    from llama4_jax.config.train import OptimizerConfig, TrainConfig
+
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=5)
+    return TrainConfig(**{"steps": 24, "optimizer": optimizer, "log_every": 1, "save_every": 5} | changes)
+
+
+def quick_model(config, seed: int = 0):
+    """A model with weights drawn by numpy: compiling the real initialisation would take longer than the tests."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from llama4_jax.core import names
+    from llama4_jax.model import Llama4
+
+    rng = np.random.default_rng(seed)
+    structure, shapes = names.split(jax.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0))))
+
+    def draw(name: str, shape) -> np.ndarray:
+        if name.endswith(("scale", "bias")):
+            return np.full(shape, float(name.endswith("scale")))
+        return rng.normal(size=shape) / config.text.embed_dim**0.5
+
+    return structure.merge({name: jnp.asarray(draw(name, s.shape), s.dtype) for name, s in shapes.items()})
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
@@ -73,10 +101,6 @@ def main():
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
 
-    from flax import nnx
-
-    from llama4_jax.config.train import OptimizerConfig, TrainConfig
-    from llama4_jax.model import Llama4
     from llama4_jax.train import pretrain
     from llama4_jax.train.loop import Callback
 
@@ -84,13 +108,8 @@ def main():
         print(f"step {step}", flush=True)
         time.sleep(arguments.pace)
 
-    config = TrainConfig(
-        steps=arguments.steps,
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
-        log_every=1,
-        save_every=5,
-    )
-    model = Llama4(small_config(), rngs=nnx.Rngs(0))
+    config = run_config(steps=arguments.steps)
+    model = quick_model(small_config())
     pretrain.run(model, CountingLoader(), config, folder=arguments.folder, callbacks=[Callback(1, tell)])
     print("done", flush=True)
 
