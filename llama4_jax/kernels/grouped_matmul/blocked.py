@@ -13,6 +13,7 @@ Why it looks as it does, on XLA's CPU backend:
 * Slicing or updating a bfloat16 array converts *all of it* to float32, and the conversion is hoisted out of the loop.
   Tying the array to the loop's index keeps the conversion inside, where it melts into the slice; what is updated in
   a loop is carried as integers.
+* A bfloat16 product that contracts both operands' rows runs in float32, so lhs is transposed once before the loop.
 * A product that returns bfloat16 runs several times slower than one that returns float32 and is rounded afterwards, and
   one with a single bfloat16 row converts its matrix first: such a row is doubled.
 """
@@ -25,8 +26,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-ROW_BLOCKS = (128, 32, 8, 2)
-"""Rows to a block for the output and d lhs. Blocks of 128 rows run at the machine's best rate, of 32 at 0.9 of it."""
+ROW_BLOCKS = (128, 32, 16, 4, 1)
+"""Rows to a block for the output and d lhs. Blocks of 128 rows run at the machine's best rate, of 32 at 0.9 of it; the
+shortest serve decoding, where reading the matrix is what takes the time."""
 
 REDUCTION_BLOCKS = (1024, 256, 128, 64, 16)
 """Rows to a block for d rhs: they are what is summed over, and each block costs one more pass over the sum."""
@@ -62,15 +64,15 @@ grouped_matmul.defvjp(_forward, _backward)
 def _products(rows, matrices, group_sizes, *, contract: int):
     """`rows [m a]` times each group's matrix, contracting the matrix's axis `contract`: `[m b]`, 0 past the groups."""
     separate = isinstance(matrices, tuple)
+    if separate and rows.shape[0] == 1:  # decoding one sequence: loops around one short product would double its time
+        return _row_product(rows, matrices, group_sizes, contract)
     width = (matrices[0] if separate else matrices).shape[-1 if contract == 0 else -2]
     sizes = _block_sizes(ROW_BLOCKS, rows.shape[0], group_sizes.shape[0])
-    word = _word(rows.dtype)
 
     def group(matrix, start, stop, out):
         def block(size, begin, out):
             left = _slice(rows, begin, size)  # [size a]
-            product = _dot(left, matrix, ((1,), (contract,))).astype(rows.dtype)  # [size b]
-            product = lax.bitcast_convert_type(product, word)
+            product = _carried(_dot(left, matrix, ((1,), (contract,))).astype(rows.dtype))  # [size b]
             if size == sizes[-1]:  # the only size that reaches past the group's end, and past the array's
                 kept = lax.dynamic_slice_in_dim(out, begin, size)
                 product = jnp.where(_inside(begin, size, stop, rows.shape[0]), product, kept)
@@ -83,27 +85,39 @@ def _products(rows, matrices, group_sizes, *, contract: int):
             return lax.switch(expert, [partial(group, matrix) for matrix in matrices], start, stop, out)
         return group(_slice(matrices, expert, 1)[0], start, stop, out)
 
-    out = _over_groups(group_sizes, visit, jnp.zeros((rows.shape[0], width), word))
-    return lax.bitcast_convert_type(out, rows.dtype)
+    zeros = _carried(jnp.zeros((rows.shape[0], width), rows.dtype))
+    return _restored(_over_groups(group_sizes, visit, zeros), rows.dtype)
+
+
+def _row_product(row, matrices, group_sizes, contract: int):
+    """`_products` of a single row `[1 a]` and a tuple of matrices: the one group that has a row multiplies it."""
+
+    def times(matrix):
+        return _dot(row, matrix, ((1,), (contract,))).astype(row.dtype)
+
+    product = lax.switch(jnp.argmax(group_sizes), [partial(times, matrix) for matrix in matrices])
+    return jnp.where(jnp.any(group_sizes > 0), product, 0)
 
 
 def _outer_products(lhs, cotangent, group_sizes):
     """`lhs_group^T cotangent_group` of each group: `[e k n]`, 0 where a group is empty. Summed in float32."""
-    shape = (group_sizes.shape[0], lhs.shape[1], cotangent.shape[1])
-    sizes = _block_sizes(REDUCTION_BLOCKS, lhs.shape[0], group_sizes.shape[0])
+    rows, shape = lhs.shape[0], (lhs.shape[1], cotangent.shape[1])
+    sizes = _block_sizes(REDUCTION_BLOCKS, rows, group_sizes.shape[0])
+    columns = lhs.T  # [k m]
 
     def visit(expert, start, stop, out):
-        def block(size, begin, out):
-            left, right = _slice(lhs, begin, size), _slice(cotangent, begin, size)  # [size k], [size n]
+        def block(size, begin, total):
+            left, right = _slice(columns, begin, size, axis=1), _slice(cotangent, begin, size)  # [k size], [size n]
             if size == sizes[-1]:
-                left = jnp.where(_inside(begin, size, stop, lhs.shape[0]), left, 0)
-            total = lax.dynamic_index_in_dim(out, expert) + _dot(left, right, ((0,), (0,)))
-            return lax.dynamic_update_index_in_dim(out, total, expert, 0)
+                inside = _inside(begin, size, stop, rows)
+                left, right = jnp.where(inside.T, left, 0), jnp.where(inside, right, 0)  # both: 0 * inf is not 0
+            return total + _dot(left, right, ((1,), (0,)))
 
-        return _over_blocks(sizes, start, stop, block, out)
+        total = _over_blocks(sizes, start, stop, block, jnp.zeros(shape, _accumulator(lhs.dtype)))
+        return lax.dynamic_update_index_in_dim(out, _carried(total.astype(lhs.dtype)), expert, 0)
 
-    out = _over_groups(group_sizes, visit, jnp.zeros(shape, _accumulator(lhs.dtype)))
-    return out.astype(lhs.dtype)
+    zeros = _carried(jnp.zeros((group_sizes.shape[0], *shape), lhs.dtype))
+    return _restored(_over_groups(group_sizes, visit, zeros), lhs.dtype)
 
 
 def _over_groups(group_sizes, visit, carry):
@@ -149,15 +163,15 @@ def _inside(begin, size: int, stop, rows: int):
     return ((row >= begin) & (row < stop))[:, None]
 
 
-def _slice(array, begin, size: int):
-    """Rows begin..begin + size, moved back where they would pass the end; see the file's head for the barrier."""
+def _slice(array, begin, size: int, axis: int = 0):
+    """The slice begin..begin + size, moved back where it would pass the end; see the file's head for the barrier."""
     array, begin = lax.optimization_barrier((array, begin))
-    return lax.dynamic_slice_in_dim(array, begin, size)
+    return lax.dynamic_slice_in_dim(array, begin, size, axis)
 
 
 def _dot(left, right, contract):
     """Product with sums in float32 at least, and returned so."""
-    if contract[0] == (1,) and left.shape[0] == 1 and left.dtype == jnp.bfloat16:
+    if left.shape[0] == 1 and left.dtype == jnp.bfloat16:
         return _dot(jnp.concatenate([left, left]), right, contract)[:1]
     return lax.dot_general(left, right, (contract, ((), ())), preferred_element_type=_accumulator(left.dtype))
 
@@ -166,6 +180,11 @@ def _accumulator(dtype):
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _word(dtype):
-    """The unsigned integer of as many bits as `dtype`."""
-    return jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
+def _carried(array):
+    """The array as a loop should carry it to update it in place: 16-bit floats as integers."""
+    return lax.bitcast_convert_type(array, jnp.uint16) if array.dtype.itemsize == 2 else array
+
+
+def _restored(array, dtype):
+    """The array of `dtype` from what `_carried` made of it."""
+    return lax.bitcast_convert_type(array, dtype) if array.dtype != dtype else array

@@ -43,6 +43,7 @@ SMALL = {
     "rows of no group": Workload(rows=70, inputs=8, outputs=16, group_sizes=(10, 0, 33)),
     "no groups' rows": Workload(rows=12, inputs=8, outputs=8, group_sizes=(0, 0)),
     "one row": Workload(rows=1, inputs=16, outputs=8, group_sizes=(0, 1, 0)),
+    "one row of no group": Workload(rows=1, inputs=8, outputs=8, group_sizes=(0, 0, 0)),
     "one group": Workload(rows=19, inputs=8, outputs=8, group_sizes=(19,)),
     "no rows": Workload(rows=0, inputs=8, outputs=8, group_sizes=(0, 0, 0)),
 }

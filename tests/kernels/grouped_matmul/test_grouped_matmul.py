@@ -160,12 +160,12 @@ def test_temporary_memory_does_not_grow_with_the_number_of_groups():
         assert temporary(64, dtype) - temporary(4, dtype) < matrix
 
 
-def test_block_sizes_fit_the_rows_and_pay():
-    assert blocked._block_sizes((128, 32, 8, 2), rows=8192, groups=4) == (128,)
-    assert blocked._block_sizes((128, 32, 8, 2), rows=8192, groups=64) == (128, 32)
-    assert blocked._block_sizes((128, 32, 8, 2), rows=8, groups=8) == (8, 2)
-    assert blocked._block_sizes((128, 32, 8, 2), rows=1, groups=8) == (1,)
-    assert blocked._block_sizes((128, 32, 8, 2), rows=100, groups=1) == (32,)
+@pytest.mark.parametrize(
+    ("rows", "groups", "sizes"),
+    [(8192, 4, (128,)), (8192, 64, (128, 32)), (1024, 128, (128, 32, 16, 4)), (8, 8, (4, 1)), (3, 1, (1,))],
+)
+def test_blocks_fit_the_rows_and_are_not_too_short_to_pay(rows, groups, sizes):
+    assert blocked._block_sizes((128, 32, 16, 4, 1), rows, groups) == sizes
 
 
 def test_the_platform_chooses_and_says_so_once(caplog):
