@@ -37,6 +37,7 @@ SIDES = (("ours", ""), ("hf", "sdpa"), ("hf", "compile"))
 MODULES = {"ours": "benchmarks.jax_side", "hf": "benchmarks.hf_side"}
 MAX_LOGIT_DIFFERENCE = 2e-4  # fp32: rounding of two different orders of summation
 MAX_BF16_DIFFERENCE = 0.05  # of the logits' standard deviation, on average: bf16 keeps 8 bits a layer
+MAX_LOSS_DIFFERENCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of a loss of about 10
 MAX_DISCARDED = 12  # disturbed repetitions a case, after which the machine counts as loaded
 SETTLE_SECONDS = 0.3  # thread pools spin for a while after their work; the next side should not feel it
 
@@ -52,7 +53,7 @@ def main(argv):
         sys.exit(f"No ratios: {loaded}")
     print(report.table(results, ratios=not ANYWAY.value))
     if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(report.numbers(results), indent=1))
+        pathlib.Path(JSON.value).write_text(json.dumps(report.numbers(results, ratios=not ANYWAY.value), indent=1))
 
 
 def compare(folder: pathlib.Path, dtype: str) -> dict:
@@ -123,6 +124,10 @@ def _memory(folder: pathlib.Path, dtype: str) -> dict[str, list[dict]]:
                 samples[_label(side, variant)] = [worker.call("train_memory", variant=variant)]
             except RuntimeError as error:
                 print(f"{dtype} memory: {side} {variant} does not run and is left out: {error}", flush=True)
+    losses = {side: sample[0]["loss"] for side, sample in samples.items()}
+    print(f"{dtype}: losses of the first training step are {losses}", flush=True)
+    if max(losses.values()) - min(losses.values()) > MAX_LOSS_DIFFERENCE[dtype]:
+        sys.exit(f"The sides do not train on the same {dtype} loss, so comparing the steps says nothing: {losses}")
     return samples
 
 

@@ -17,8 +17,11 @@ NAMES = {
 }
 
 
-def numbers(results: dict) -> dict:
-    """{dtype: {case: {side: {median, best, ...}, ratio_median, ratio_best, target}}}; tokens/s, and bytes for memory."""
+def numbers(results: dict, *, ratios: bool) -> dict:
+    """{dtype: {case: {sides: {side: {median, best, ...}}, ratio_median, ratio_best, target, met}}}.
+
+    Figures are tokens/s, and bytes for memory; without `ratios` (a loaded machine) there is no comparison in it.
+    """
     return {
         dtype: {
             case: samples if case == "agreement" else _case(case, samples, dtype) for case, samples in cases.items()
@@ -30,7 +33,7 @@ def numbers(results: dict) -> dict:
 def table(results: dict, *, ratios: bool) -> str:
     """The figures for a person, a block for each dtype."""
     lines = []
-    for dtype, cases in numbers(results).items():
+    for dtype, cases in numbers(results, ratios=ratios).items():
         lines.append(f"\n{dtype}  (tokens/s, median of the repetitions and best; memory in MB)")
         sides = list(dict.fromkeys(side for case in cases.values() for side in case.get("sides", ())))
         header = "".join(f"{side:>20}" for side in sides)
@@ -45,11 +48,13 @@ def table(results: dict, *, ratios: bool) -> str:
     return "\n".join(lines)
 
 
-def _case(case: str, samples: dict[str, list[dict]], dtype: str) -> dict:
+def _case(case: str, samples: dict[str, list[dict]], dtype: str, ratios: bool) -> dict:
     memory = case == "memory"
     sides = {
         side: _memory(repetitions) if memory else _speed(case, repetitions) for side, repetitions in samples.items()
     }
+    if not ratios:
+        return {"sides": sides}
     found = {"sides": sides, "target": TARGETS[case] if dtype == "float32" else None}
     rivals = {side: figures for side, figures in sides.items() if side.startswith("hf")}
     if "ours" in sides and rivals:
