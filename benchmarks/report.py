@@ -24,7 +24,8 @@ def numbers(results: dict, *, ratios: bool) -> dict:
     """
     return {
         dtype: {
-            case: samples if case == "agreement" else _case(case, samples, dtype) for case, samples in cases.items()
+            case: samples if case == "agreement" else _case(case, samples, dtype, ratios)
+            for case, samples in cases.items()
         }
         for dtype, cases in results.items()
     }
