@@ -75,7 +75,11 @@ class Case:
         return self.model.init_cache(batch, self.continued.shape[1])
 
 
-@jax.jit
+# Each program runs a few times only: without LLVM's optimisations it is compiled in two thirds of the time.
+compiled_quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@compiled_quickly
 def observe(model, tokens, segments, images) -> dict[str, jax.Array]:
     """The model as it is, then once more layer by layer, with everything that a golden may hold."""
     seen = {"logits": model(tokens, images, segments=segments).logits}
@@ -99,7 +103,7 @@ def observe(model, tokens, segments, images) -> dict[str, jax.Array]:
     return seen
 
 
-@jax.jit
+@compiled_quickly
 def step(model, tokens, segments, cache, images):
     output = model(tokens, images, segments=segments, cache=cache)
     return output.logits, output.cache

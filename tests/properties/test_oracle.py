@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from llama4_jax import checkpoint
 from llama4_jax.checkpoint import hf
 from llama4_jax.config import AttentionConfig, Llama4Config, MoeConfig, RopeScaling, TextConfig, VisionConfig
+from llama4_jax.model import Llama4
 from llama4_jax.testing import goldens, oracle
 
 GOLDENS = pathlib.Path(__file__).resolve().parents[1] / "goldens"
@@ -107,19 +108,20 @@ def agree(config: Llama4Config, tokens, images=None, segments=None) -> None:
         ordered = np.sort(logits, axis=-1)
         assume(top_k == logits.shape[-1] or np.min(ordered[..., -top_k] - ordered[..., -top_k - 1]) > MARGIN)
     model = checkpoint.from_tensors(config, weights)
-    logits = jax.jit(type(model).__call__)(model, tokens, images, segments=segments).logits
+    quickly = {"xla_backend_optimization_level": 0}  # it runs once
+    logits = jax.jit(Llama4.__call__, compiler_options=quickly)(model, tokens, images, segments=segments).logits
     present = np.ones(tokens.shape, bool) if segments is None else segments != 0
     np.testing.assert_allclose(np.asarray(logits)[present], trace.logits[present], rtol=0, atol=TOLERANCE)
 
 
-@settings(max_examples=8, derandomize=True, deadline=None)
+@settings(max_examples=7, derandomize=True, deadline=None)
 @given(text_configs(), rows_of_documents(), st.integers(0, 1000))
 def test_model_equals_the_oracle_on_packed_rows(text, segments, seed):
     tokens = np.random.RandomState(seed).randint(0, VOCAB, segments.shape).astype(np.int32)
     agree(Llama4Config(text=text), tokens, segments=segments)
 
 
-@settings(max_examples=4, derandomize=True, deadline=None)
+@settings(max_examples=3, derandomize=True, deadline=None)
 @given(text_configs(), vision_configs(), st.integers(0, 1000))
 def test_model_equals_the_oracle_with_images(text, vision, seed):
     random = np.random.RandomState(seed)
