@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging as standard_logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 
 JSON = flags.DEFINE_string("json", None, "write the final numbers to this file as one JSON object")
+
+
+def quiet_libraries() -> None:
+    """Keeps Orbax, which reports each file through absl, from drowning the progress bar; our own lines stay."""
+    logging.set_verbosity(logging.WARNING)
+    standard_logging.getLogger("llama4_jax").setLevel(standard_logging.INFO)
 
 
 def finish(results: Mapping[str, Any], *more: pathlib.Path) -> None:

@@ -18,7 +18,6 @@ import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from flax import nnx
@@ -130,6 +129,7 @@ def write_report(folder: pathlib.Path, results: dict, answers: list[naming.Answe
 
 def main(_) -> None:
     start = time.perf_counter()
+    output.quiet_libraries()
     folder, data, train = pathlib.Path(FOLDER.value), data_config(), train_config()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizers.train(loader.tokenizer_texts(data), VOCABULARY.value, folder / "tokenizer.model")

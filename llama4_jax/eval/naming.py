@@ -39,7 +39,7 @@ def ask(
     batch_size: int = 128,
 ) -> list[Answer]:
     """Greedy answers; `images` [n h w c] takes the place of the questions' own pictures if given."""
-    model = model.unrolled()
+    model = infer.prepare(model)
     longest = max(len(question.answer) for question in questions)
     answers = []
     for start in tqdm(range(0, len(questions), batch_size), desc="asking", unit="batch", leave=False):

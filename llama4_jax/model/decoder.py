@@ -55,11 +55,14 @@ class Decoder(nnx.Module):
                 statistics += [layer_statistics] if layer_statistics else []
             return x, (tuple(new_caches), statistics)
 
+        scan_run = run
         if remat:
-            run = jax.checkpoint(run, policy=remat if callable(remat) else None, prevent_cse=False)
+            policy = remat if callable(remat) else None
+            # A loop's body cannot be merged with its recomputation; a plain layer would be, and is kept from it.
+            scan_run, run = jax.checkpoint(run, policy=policy, prevent_cse=False), jax.checkpoint(run, policy=policy)
         new_period, scanned = (), []
         if self.periods:
-            step = lambda x, layer: run(x, *layer)  # noqa: E731
+            step = lambda x, layer: scan_run(x, *layer)  # noqa: E731
             x, (new_period, scanned) = jax.lax.scan(step, x, (list(self.period), cached_period))
         new_tail, tail = [], []
         for block, layer_cache in zip(self.tail, cached_tail, strict=True):

@@ -33,9 +33,33 @@ class Experts(nnx.Module):
     def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """rows [m d] sorted by expert, group_sizes [e] rows of each; rows past their sum give 0."""
         gate_up = einops.rearrange(self.gate_up[...], "e d two f -> e d (two f)")
-        hidden = grouped_matmul(rows, gate_up, group_sizes)
-        hidden = swiglu(einops.rearrange(hidden, "m (two f) -> m two f", two=2))
-        return grouped_matmul(hidden, self.down[...], group_sizes)
+        return _expert_mlp(rows, gate_up, self.down[...], group_sizes)
+
+
+class SeparateExperts(nnx.Module):
+    """`Experts` with an array of its own for each expert: what decoding on a CPU wants, which must not copy a stack.
+
+    Each matrix adds its own products to the compiled program, so many rows, which training and prefill have, are
+    multiplied with the stack after all.
+    """
+
+    FEW_ROWS = 32
+
+    def __init__(self, experts: Experts):
+        self.gate_up = nnx.List([nnx.Param(w) for w in einops.rearrange(experts.gate_up[...], "e d two f -> e d (two f)")])
+        self.down = nnx.List([nnx.Param(w) for w in experts.down[...]])
+
+    def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        gate_up, down = (tuple(w[...] for w in weights) for weights in (self.gate_up, self.down))
+        if rows.shape[0] > self.FEW_ROWS:
+            gate_up, down = jnp.stack(gate_up), jnp.stack(down)
+        return _expert_mlp(rows, gate_up, down, group_sizes)
+
+
+def _expert_mlp(rows, gate_up, down, group_sizes):
+    hidden = grouped_matmul(rows, gate_up, group_sizes)
+    hidden = swiglu(einops.rearrange(hidden, "m (two f) -> m two f", two=2))
+    return grouped_matmul(hidden, down, group_sizes)
 
 
 class Moe(nnx.Module):
