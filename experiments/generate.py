@@ -13,7 +13,7 @@ from __future__ import annotations
 import pathlib
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 from PIL import Image
 
@@ -57,6 +57,7 @@ def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def main(_) -> None:
+    logging.set_verbosity(logging.WARNING)  # what libraries report of their work would cut the text in pieces
     folder = pathlib.Path(MODEL.value)
     tokenizer, model = load_tokenizer(folder), load(folder, DTYPE.value)
     opening, images = [tokenizer.bos], None

@@ -41,7 +41,7 @@ SET = flags.DEFINE_multi_string("set", [], "model override, as text.num_layers=8
 DATA = flags.DEFINE_multi_string("data", [], "data override, as num_emoji=500")
 TRAIN = flags.DEFINE_multi_string("train", [], "training override, as steps=300 or optimizer.learning_rate=1e-3")
 ON_NAN = flags.DEFINE_enum("on_nan", "stop", ["stop", "rollback"], "what to do when the loss is not finite")
-VOCABULARY = flags.DEFINE_integer("vocab_size", 2048, "tokens of the tokenizer, special ones included")
+VOCABULARY = flags.DEFINE_integer("vocab_size", 4096, "tokens of the tokenizer, special ones included")
 
 
 def data_config() -> DataConfig:
@@ -49,8 +49,8 @@ def data_config() -> DataConfig:
 
 
 def train_config() -> TrainConfig:
-    optimizer = OptimizerConfig(name="muon", learning_rate=4e-3, warmup_steps=50, final_fraction=0.05)
-    config = TrainConfig(steps=1500, optimizer=optimizer, balance_loss=0.01, save_every=250, keep=2, seed=SEED.value)
+    optimizer = OptimizerConfig(name="muon", learning_rate=6e-3, warmup_steps=50, final_fraction=0.05)
+    config = TrainConfig(steps=1200, optimizer=optimizer, balance_loss=0.01, save_every=250, keep=2, seed=SEED.value)
     return configs.apply(dataclasses.replace(config, on_nan=ON_NAN.value), TRAIN.value)
 
 

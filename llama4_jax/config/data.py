@@ -12,9 +12,9 @@ class DataConfig:
     seed: int = 0  # of order, languages and rendering; not of what is held out
     rows: int = 8  # sequences in a batch
     sequence_length: int = 256  # positions in a row
-    images_per_batch: int = 56  # pictures in every batch; 0: text alone
+    images_per_batch: int = 72  # pictures in every batch; 0: text alone
     image_size: int = 48  # side of a picture, pixels; one tile
-    tokens_per_tile: int = 16  # placeholders of one picture: VisionConfig.tokens_per_tile
+    tokens_per_tile: int = 9  # placeholders of one picture: VisionConfig.tokens_per_tile
     num_emoji: int = 320  # pictures to name
     emoji_seed: int = 0  # of which emoji those are; apart from `seed`, so that runs stay comparable
     languages: tuple[str, ...] = ("en", "de", "es", "ru")  # codes as in data.emoji.LANGUAGES
@@ -25,7 +25,7 @@ class DataConfig:
     text_weight: float = 1.0  # loss weight of running text
     code_share: float = 0.5  # share of the text's tokens that is source code; the rest is documentation
     min_text: int = 16  # shortest piece of text worth placing, tokens; smaller room stays padding
-    prefetch: int = 2  # batches prepared ahead by a thread; 0: prepared when asked for
+    prefetch: int = 0  # batches prepared ahead by a thread; 0: prepared when asked for
 
     def __post_init__(self):
         for name in ("rows", "sequence_length", "image_size", "tokens_per_tile", "names_per_image", "min_text"):

@@ -27,9 +27,7 @@ def scout() -> Llama4Config:
                 num_kv_heads=8,
                 head_dim=128,
                 chunk_size=8192,
-                rope_scaling=RopeScaling(
-                    factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0, original_length=8192
-                ),
+                rope_scaling=RopeScaling(factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0, original_length=8192),
             ),
             moe=MoeConfig(num_experts=16, expert_dim=8192),
             context_length=10_485_760,
@@ -67,7 +65,7 @@ def nano() -> Llama4Config:
     """The whole architecture at a size that learns on a laptop's CPU in minutes; vocabulary set by its tokenizer."""
     return Llama4Config(
         text=TextConfig(
-            vocab_size=2048,
+            vocab_size=4096,
             embed_dim=128,
             num_layers=4,
             mlp_dim=256,
@@ -78,7 +76,7 @@ def nano() -> Llama4Config:
             context_length=65_536,
         ),
         vision=VisionConfig(
-            embed_dim=128, num_layers=3, num_heads=4, mlp_dim=512, image_size=48, patch_size=6, output_dim=256
+            embed_dim=128, num_layers=2, num_heads=4, mlp_dim=256, image_size=48, patch_size=8, output_dim=256
         ),
         patch_token=0,
     )

@@ -17,11 +17,11 @@ import jinja2
 import matplotlib
 
 matplotlib.use("Agg")  # files only: no window, no display needed
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
 
-from llama4_jax.eval.naming import Answer  # noqa: E402
+from llama4_jax.eval.naming import Answer
 
 RIGHT, WRONG, NEUTRAL = "#1a7f37", "#b42318", "#3b5b92"
 
@@ -46,15 +46,23 @@ def loss_curves(records: Sequence[Mapping[str, Any]]) -> Figure:
 def expert_load(records: Sequence[Mapping[str, Any]]) -> Figure:
     """Each expert's share of the tokens over time, one panel a mixture layer; an even load is the dashed line."""
     logged = [record for record in records if "load" in record]
+    if not logged:
+        figure = plt.figure(figsize=(5.2, 1))
+        figure.text(0.5, 0.5, "no mixture layers: nothing was routed", ha="center")
+        return figure
     load = np.array([record["load"] for record in logged])  # [time layers experts]
     steps = [record["step"] for record in logged]
     layers, experts = load.shape[1:]
-    figure, panels = plt.subplots(1, layers, figsize=(2.6 * layers, 2.6), sharey=True, layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(
+        1, layers, figsize=(2.6 * layers, 2.6), sharey=True, layout="constrained", squeeze=False
+    )
     for layer, axes in enumerate(panels[0]):
         axes.stackplot(steps, load[:, layer].T, colors=plt.get_cmap("viridis")(np.linspace(0.1, 0.95, experts)))
         for edge in range(1, experts):
             axes.axhline(edge / experts, color="white", lw=0.6, ls=":")
-        axes.set(title=f"mixture layer {layer}", xlabel="step", ylim=(0, 1), xlim=(steps[0], steps[-1]))
+        axes.set(
+            title=f"mixture layer {layer}", xlabel="step", ylim=(0, 1), xlim=(steps[0], max(steps[-1], steps[0] + 1))
+        )
     panels[0][0].set_ylabel(f"share of tokens, {experts} experts")
     return figure
 
@@ -62,7 +70,9 @@ def expert_load(records: Sequence[Mapping[str, Any]]) -> Figure:
 def answer_sheet(answers: Sequence[Answer], columns: int = 6) -> Figure:
     """Pictures with the model's name, green where exact, and the truth under it where not."""
     rows = -(-len(answers) // columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(2.1 * columns, 1.95 * rows), layout="constrained")
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(2.1 * columns, 1.95 * rows), layout="constrained", squeeze=False
+    )
     for axes in panels.flat:
         axes.axis("off")
     for axes, answer in zip(panels.flat, answers):
@@ -80,7 +90,11 @@ def drawable(text: str) -> str:
 
 
 def write(
-    folder: str | pathlib.Path, title: str, figures: Mapping[str, Figure], tables: Mapping[str, list], notes: Sequence[str]
+    folder: str | pathlib.Path,
+    title: str,
+    figures: Mapping[str, Figure],
+    tables: Mapping[str, list],
+    notes: Sequence[str],
 ) -> pathlib.Path:
     """Writes each figure as `NAME.png` and all of it as one self-contained `report.html`, whose path it returns.
 

@@ -46,7 +46,9 @@ class SeparateExperts(nnx.Module):
     FEW_ROWS = 32
 
     def __init__(self, experts: Experts):
-        self.gate_up = nnx.List([nnx.Param(w) for w in einops.rearrange(experts.gate_up[...], "e d two f -> e d (two f)")])
+        self.gate_up = nnx.List(
+            [nnx.Param(w) for w in einops.rearrange(experts.gate_up[...], "e d two f -> e d (two f)")]
+        )
         self.down = nnx.List([nnx.Param(w) for w in experts.down[...]])
 
     def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:

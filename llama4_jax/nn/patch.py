@@ -8,9 +8,7 @@ import jax
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
     """[n h w c] to [n p (c py px)], patches in row-major order, features ordered channel, row, column."""
-    return einops.rearrange(
-        images, "n (gy py) (gx px) c -> n (gy gx) (c py px)", py=patch_size, px=patch_size
-    )
+    return einops.rearrange(images, "n (gy py) (gx px) c -> n (gy gx) (c py px)", py=patch_size, px=patch_size)
 
 
 def pixel_shuffle(x: jax.Array, grid: int, factor: int) -> jax.Array:
