@@ -3,7 +3,7 @@
 #   make test       the default test suite
 #   make test-all   the default suite, then the comparison with torch and transformers
 #   make lint       ruff, check and format
-#   make bench      speed and memory beside Hugging Face transformers, and how time grows with experts and depth
+#   make bench      speed and memory beside transformers; how both grow with experts, depth and length
 # `make test PYTHON=python3.12` uses another interpreter, in a virtual environment of its own.
 
 PYTHON ?= python3.11
@@ -42,6 +42,7 @@ bench: venv parity-venv
 	$(RUN_PARITY) -m benchmarks.hf_side_by_side $(FLAGS)
 	$(RUN) -m benchmarks.moe_cpu
 	$(RUN) -m benchmarks.compile_time
+	$(RUN) -m benchmarks.long_context
 
 clean:
 	rm -rf .venv .venv-* .cache build dist *.egg-info
