@@ -50,7 +50,7 @@ def data_config() -> DataConfig:
 
 def train_config() -> TrainConfig:
     optimizer = OptimizerConfig(name="muon", learning_rate=6e-3, warmup_steps=50, final_fraction=0.05)
-    config = TrainConfig(steps=1200, optimizer=optimizer, balance_loss=0.01, save_every=250, keep=2, seed=SEED.value)
+    config = TrainConfig(steps=1000, optimizer=optimizer, balance_loss=0.01, save_every=250, keep=2, seed=SEED.value)
     return configs.apply(dataclasses.replace(config, on_nan=ON_NAN.value), TRAIN.value)
 
 
@@ -94,7 +94,7 @@ def evaluate(model: Llama4, data: DataConfig, tokenizer, grammar: PictureGrammar
     accuracy = naming.accuracy(answers)
     blind = naming.accuracy(naming.ask(model, grammar, questions, naming.shuffled(questions, SEED.value)))
     untrained = list(heldout.questions(data, tokenizer, heldout.Pairs.UNTRAINED))
-    unseen = naming.accuracy(naming.ask(model, grammar, untrained)) if untrained else {"all": float("nan")}
+    unseen = naming.accuracy(naming.ask(model, grammar, untrained)) if untrained else {"all": None}
     results = {
         "accuracy": accuracy["all"],
         "accuracy_by_language": {code: accuracy[code] for code in data.languages},
@@ -110,7 +110,7 @@ def evaluate(model: Llama4, data: DataConfig, tokenizer, grammar: PictureGrammar
 def write_report(folder: pathlib.Path, results: dict, answers: list[naming.Answer]) -> pathlib.Path:
     records = metrics.read(folder / "metrics.jsonl")
     chosen = np.random.default_rng(SEED.value).choice(len(answers), size=min(36, len(answers)), replace=False)
-    percent = lambda share: f"{100 * share:.1f} %"  # noqa: E731
+    percent = lambda share: "not asked" if share is None else f"{100 * share:.1f} %"  # noqa: E731
     table = [("held-out questions", "exact names")]
     table += [(emoji.LANGUAGES[code], percent(share)) for code, share in results["accuracy_by_language"].items()]
     table += [

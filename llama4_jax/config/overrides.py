@@ -16,16 +16,17 @@ Config = TypeVar("Config")
 
 
 def apply(config: Config, assignments: Iterable[str]) -> Config:
-    """Returns `config` with each `a.b=value` applied in order.
+    """Returns `config` with each `a.b=value` applied in order, and validated once all are.
 
     Raises ValueError for an unknown field (with the nearest known name) or a value of the wrong type.
     """
+    values = to_dict(config)
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"override {assignment!r} has no '='; write it as a.b=value")
-        config = _replace(config, path.strip().split("."), text.strip(), path.strip())
-    return config
+        _assign(type(config), values, path.strip().split("."), text.strip(), path.strip())
+    return from_dict(type(config), values)
 
 
 def to_dict(config) -> dict[str, Any]:
@@ -46,19 +47,21 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     return cls(**arguments)
 
 
-def _replace(config, names: list[str], text: str, path: str):
+def _assign(cls, values: dict[str, Any], names: list[str], text: str, path: str) -> None:
+    """Sets the field that `names` leads to within `values`, the dict of a `cls`."""
     name, *rest = names
-    _check_field(type(config), name, path)
-    members = _members(typing.get_type_hints(type(config))[name])
+    _check_field(cls, name, path)
+    members = _members(typing.get_type_hints(cls)[name])
+    group = next((member for member in members if dataclasses.is_dataclass(member)), None)
     if rest:
-        child = getattr(config, name)
-        if not dataclasses.is_dataclass(child):
-            raise ValueError(f"{path}: {name} is {child!r}, which has no field {rest[0]!r}")
-        return dataclasses.replace(config, **{name: _replace(child, rest, text, path)})
-    if any(dataclasses.is_dataclass(t) for t in members) and text != "None":
-        fields = [f.name for t in members if dataclasses.is_dataclass(t) for f in dataclasses.fields(t)]
-        raise ValueError(f"{path} is a group; set one of its fields ({', '.join(fields)}) or None")
-    return dataclasses.replace(config, **{name: _parse(text, members, path)})
+        if group is None or values[name] is None:
+            raise ValueError(f"{path}: {name} is {values[name]!r}, which has no field {rest[0]!r}")
+        _assign(group, values[name], rest, text, path)
+    elif group is not None and text != "None":
+        fields = ", ".join(field.name for field in dataclasses.fields(group))
+        raise ValueError(f"{path} is a group; set one of its fields ({fields}) or None")
+    else:
+        values[name] = _parse(text, members, path)
 
 
 def _check_field(cls, name: str, path: str) -> None:

@@ -167,7 +167,7 @@ def _round_up(length: int) -> int:
 
 def _check(model: Llama4, prompts, max_new_tokens: int, images) -> None:
     vocab_size, limit = model.config.text.vocab_size, model.config.text.context_length
-    if not prompts or max_new_tokens < 1:
+    if len(prompts) == 0 or max_new_tokens < 1:
         raise ValueError(f"wanted at least one prompt and one new token, got {len(prompts)} and {max_new_tokens}")
     for row, prompt in enumerate(prompts):
         if not len(prompt):
