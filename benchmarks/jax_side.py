@@ -72,6 +72,7 @@ class Ours:
     def train_memory(self, variant: str) -> dict[str, float]:
         """Bytes resident at the peak of a warm training step, and the loss of the first step."""
         del variant
+        self.model = None  # the step loads weights of its own, which it consumes
         call = self._train("train")
         loss = call()["loss"]
         call()
