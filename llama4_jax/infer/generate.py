@@ -16,6 +16,8 @@ from flax import struct
 
 from llama4_jax.infer.sampling import GREEDY, Sampler
 from llama4_jax.model import Cache, Llama4, fusion
+from llama4_jax.nn.attention import DecoderAttention, FusedAttention
+from llama4_jax.nn.linear import Linear, TransposedLinear
 from llama4_jax.nn.moe import Experts, SeparateExperts
 
 ROUND_TO = 32  # prompt and cache lengths are multiples of this
@@ -41,15 +43,25 @@ class State:
 def prepare(model: Llama4) -> Llama4:
     """The same model with its weights laid out for decoding: `generate` does this on each call, so do it once.
 
-    Layers stand alone; on a CPU each expert does too, in float32 (bfloat16 decodes faster from a stack) and as long as
-    that leaves the compiled program of a sane size. Costs a copy of the weights that it moves.
+    Layers stand alone. On a CPU the decoder's matrices are transposed, and each expert is an array of its own too, in
+    float32 (bfloat16 decodes faster from a stack) and as long as that leaves the compiled program of a sane size. Costs
+    a copy of the weights that it moves.
     """
     model, text = model.unrolled(), model.config.text
-    matrices = text.num_layers * text.moe.num_experts
-    if jax.default_backend() != "cpu" or model.embed.table.dtype != jnp.float32 or matrices > MOST_SEPARATE:
+    if jax.default_backend() != "cpu":
         return model
-    separate = lambda node: SeparateExperts(node) if isinstance(node, Experts) else node  # noqa: E731
-    return jax.tree.map(separate, model, is_leaf=lambda node: isinstance(node, Experts))
+    few = text.num_layers * text.moe.num_experts <= MOST_SEPARATE and model.embed.table.dtype == jnp.float32
+
+    kinds = (DecoderAttention, Linear, Experts)
+
+    def lay_out(path, node):
+        if type(node) is DecoderAttention:
+            return FusedAttention(node)
+        if type(node) is Linear and not _in_vision(path):  # pictures are many rows
+            return TransposedLinear(node)
+        return SeparateExperts(node) if type(node) is Experts and few else node
+
+    return jax.tree.map_with_path(lay_out, model, is_leaf=lambda node: type(node) in kinds)
 
 
 def generate(
@@ -115,7 +127,7 @@ def _prefill(model: Llama4, tokens, segments, images, capacity: int) -> tuple[ja
     """Logits [b v] after the last token of each prompt, and the cache that holds the prompts."""
     cache = model.init_cache(tokens.shape[0], capacity)
     output = model.hidden(tokens, images, segments=segments, cache=cache)
-    return _unembed(model, output.hidden[:, -1]), output.cache
+    return model.unembed(output.hidden[:, -1]), output.cache
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
@@ -135,7 +147,7 @@ def _decode(model: Llama4, state: State, steps: int, stop: tuple[int, ...], samp
     def step(state: State) -> State:
         output = model.hidden(state.tokens[:, None], cache=state.cache)
         key, draw = jax.random.split(state.key)
-        tokens = sampler(_unembed(model, output.hidden[:, -1]), draw)
+        tokens = sampler(model.unembed(output.hidden[:, -1]), draw)
         return State(
             cache=output.cache,
             tokens=tokens,
@@ -148,8 +160,8 @@ def _decode(model: Llama4, state: State, steps: int, stop: tuple[int, ...], samp
     return jax.lax.while_loop(lambda state: (state.count < end) & ~jnp.all(state.done), step, state)
 
 
-def _unembed(model: Llama4, hidden: jax.Array) -> jax.Array:
-    return jnp.dot(hidden, model.unembedding(), preferred_element_type=jnp.float32)  # [b v]
+def _in_vision(path) -> bool:
+    return path[0].name == "vision"
 
 
 def _is_stop(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:

@@ -54,7 +54,7 @@ def init_cache(config: TextConfig, periods: int, batch: int, length: int, dtype)
 
     def layer(kind: LayerKind, *leading: int) -> LayerCache:
         slots = min(attention.chunk_size, length) if kind.attention is Attention.CHUNKED else length
-        shape = (*leading, batch, slots, attention.num_kv_heads, attention.head_dim)
+        shape = (*leading, batch, attention.num_kv_heads, slots, attention.head_dim)
         return LayerCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
 
     scanned = periods * config.period

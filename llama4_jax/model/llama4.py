@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from llama4_jax.config import Llama4Config
-from llama4_jax.core import parameter
+from llama4_jax.kernels import transposed
 from llama4_jax.model import fusion
 from llama4_jax.model.cache import Cache, init_cache
 from llama4_jax.model.decoder import Decoder
 from llama4_jax.model.vision import VisionTower
 from llama4_jax.nn import rope
 from llama4_jax.nn.attention import Context
-from llama4_jax.nn.linear import Embedding
+from llama4_jax.nn.linear import Embedding, Linear
 from llama4_jax.nn.norm import RMSNorm
 
 
@@ -44,14 +44,6 @@ class Hidden:
     aux: dict[str, jax.Array]
 
 
-class Head(nnx.Module):
-    """The output matrix [d v]."""
-
-    def __init__(self, config: Llama4Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
-        d, v = config.text.embed_dim, config.text.vocab_size
-        self.kernel = parameter.kernel(rngs, (d, v), ("embed", "vocab"), fan_in=d, dtype=dtype)
-
-
 class Llama4(nnx.Module):
     """The model. Its weights may have any float dtype; it computes in the dtype of its weights.
 
@@ -66,7 +58,8 @@ class Llama4(nnx.Module):
         self.vision = VisionTower(config.vision, text.embed_dim, rngs=rngs, dtype=dtype) if config.vision else None
         self.decoder = Decoder(text, rngs=rngs, dtype=dtype, scan=scan)
         self.norm = RMSNorm(text.embed_dim, eps=text.norm_eps, dtype=dtype)
-        self.head = None if text.tie_embeddings else Head(config, rngs=rngs, dtype=dtype)
+        d, v = text.embed_dim, text.vocab_size
+        self.head = None if text.tie_embeddings else Linear((d,), (v,), ("embed", "vocab"), rngs=rngs, dtype=dtype)
 
     def __call__(
         self,
@@ -86,7 +79,7 @@ class Llama4(nnx.Module):
         """
         output = self.hidden(tokens, images, positions, segments, cache)
         with jax.named_scope("unembed"):
-            logits = jnp.dot(output.hidden, self.unembedding(), preferred_element_type=jnp.float32)
+            logits = self.unembed(output.hidden)
         return Output(logits=logits, cache=output.cache, aux=output.aux)
 
     def hidden(
@@ -122,8 +115,15 @@ class Llama4(nnx.Module):
         angles = rope.text_angles(self.config.text.attention, positions)
         return Context(positions, segments, angles, cache.lengths if cache is not None else None)
 
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Logits [.. v] float32 of hidden states [.. d]."""
+        if self.head is not None:
+            return self.head(hidden, dtype=jnp.float32)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return transposed.multiply(rows, self.embed.table[...]).reshape(*hidden.shape[:-1], -1)
+
     def unembedding(self) -> jax.Array:
-        """The output matrix, [d v]."""
+        """The output matrix, [d v], for a loss that multiplies with it piece by piece."""
         return self.embed.table[...].T if self.head is None else self.head.kernel[...]
 
     def init_cache(self, batch: int, length: int, dtype=None) -> Cache:

@@ -7,6 +7,7 @@ own document, so left padding and packing change nothing.
 
 from __future__ import annotations
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
@@ -14,7 +15,7 @@ from flax import nnx, struct
 from llama4_jax.config import Attention, AttentionConfig, LayerKind
 from llama4_jax.kernels import attention as kernels
 from llama4_jax.nn import rope
-from llama4_jax.nn.linear import Linear
+from llama4_jax.nn.linear import Linear, TransposedLinear
 from llama4_jax.nn.norm import rms_normalize
 
 
@@ -36,10 +37,11 @@ class Context:
 
 @struct.dataclass
 class LayerCache:
-    """Keys and values of one layer, [b s k h]; the token at position p sits in slot p % s.
+    """Keys and values of one layer, [b k s h]; the token at position p sits in slot p % s.
 
     Invariant: a row's tokens have positions 0 .. length-1, so which position a slot holds follows from the length.
     A chunked layer needs s >= min(chunk, length) slots, a global layer one for each position it will ever hold.
+    Heads come before slots because that is how attention reads them: any other order is copied at each step.
     """
 
     keys: jax.Array
@@ -47,7 +49,7 @@ class LayerCache:
 
     @property
     def slots(self) -> int:
-        return self.keys.shape[-3]
+        return self.keys.shape[-2]
 
 
 class DecoderAttention(nnx.Module):
@@ -87,7 +89,7 @@ class DecoderAttention(nnx.Module):
         self, x: jax.Array, context: Context, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         with jax.named_scope("qkv"):
-            query, key, value = self.query(x), self.key(x), self.value(x)  # [b t n h], [b t k h], [b t k h]
+            query, key, value = self.project(x)
         if self.kind.rope:
             with jax.named_scope("rope"):
                 query, key = rope.rotate(query, context.angles), rope.rotate(key, context.angles)
@@ -100,6 +102,10 @@ class DecoderAttention(nnx.Module):
             attended, cache = self._attend(query, key, value, context, cache)
         return self.output(attended), cache
 
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [b t n h], keys and values [b t k h]."""
+        return self.query(x), self.key(x), self.value(x)
+
     def _attend(self, query, key, value, context: Context, cache: LayerCache | None):
         chunk_size = self.config.chunk_size if self.kind.attention is Attention.CHUNKED else None
         key_positions, key_segments, query_segments = context.positions, context.segments, context.segments
@@ -107,12 +113,13 @@ class DecoderAttention(nnx.Module):
             old, cache = cache, _write(cache, key, value, context)
             if chunk_size is None or key.shape[1] == 1:
                 # All that the query may see is in the cache by now.
-                key, value = cache.keys, cache.values
+                key, value = (einops.rearrange(x, "b k s h -> b s k h") for x in (cache.keys, cache.values))
                 key_positions = _held_positions(cache.slots, _lengths_after(context))
             else:
                 # Of several new tokens, early ones may still need keys that later ones have just replaced.
-                key = jnp.concatenate([old.keys, key.astype(old.keys.dtype)], axis=1)
-                value = jnp.concatenate([old.values, value.astype(old.values.dtype)], axis=1)
+                old_key, old_value = (einops.rearrange(x, "b k s h -> b s k h") for x in (old.keys, old.values))
+                key = jnp.concatenate([old_key, key.astype(old_key.dtype)], axis=1)
+                value = jnp.concatenate([old_value, value.astype(old_value.dtype)], axis=1)
                 held = _held_positions(old.slots, context.lengths)
                 key_positions = jnp.concatenate([held, context.positions], axis=1)
             # A cached row is one document.
@@ -129,6 +136,19 @@ class DecoderAttention(nnx.Module):
             chunk_size=chunk_size,
         )
         return attended, cache
+
+
+class FusedAttention(DecoderAttention):
+    """The same attention for decoding on a CPU: one product makes queries, keys and values."""
+
+    def __init__(self, attention: DecoderAttention):
+        self.config, self.kind, self.norm_eps = attention.config, attention.kind, attention.norm_eps
+        self.query_key_value = TransposedLinear(attention.query, attention.key, attention.value)
+        self.output = TransposedLinear(attention.output)
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        n, k = self.config.num_heads, self.config.num_kv_heads
+        return tuple(jnp.split(self.query_key_value(x), (n, n + k), axis=2))
 
 
 def temperature(positions: jax.Array, config: AttentionConfig) -> jax.Array:
@@ -155,10 +175,12 @@ def _write(cache: LayerCache, key: jax.Array, value: jax.Array, context: Context
     """Stores the new keys and values, of which a chunked layer keeps those that are among its row's last."""
     oldest = jnp.maximum(_lengths_after(context) - cache.slots, 0)
     kept = context.positions >= oldest[:, None]
-    slots = jnp.where(kept, context.positions % cache.slots, cache.slots)  # past the end: dropped
-    rows = jnp.arange(key.shape[0])[:, None]
+    slots = jnp.where(kept, context.positions % cache.slots, cache.slots)[:, None]  # [b 1 t]; past the end: dropped
+    batch, heads = cache.keys.shape[:2]
+    rows, heads = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
 
     def put(buffer, new):
-        return buffer.at[rows, slots].set(new.astype(buffer.dtype), mode="drop")
+        new = einops.rearrange(new, "b t k h -> b k t h").astype(buffer.dtype)
+        return buffer.at[rows, heads, slots].set(new, mode="drop")
 
     return LayerCache(keys=put(cache.keys, key), values=put(cache.values, value))

@@ -7,6 +7,8 @@ and each is multiplied by the weights of its own experts only (MegaBlocks, Gale 
 
 from __future__ import annotations
 
+from functools import partial
+
 import einops
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,8 @@ from flax import nnx
 
 from llama4_jax.config import MoeConfig
 from llama4_jax.core import parameter
-from llama4_jax.kernels.grouped_matmul import grouped_matmul
+from llama4_jax.kernels import transposed
+from llama4_jax.kernels.grouped_matmul import grouped_matmul, map_groups
 from llama4_jax.nn.mlp import Mlp, swiglu
 from llama4_jax.nn.router import Router
 
@@ -33,35 +36,43 @@ class Experts(nnx.Module):
     def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """rows [m d] sorted by expert, group_sizes [e] rows of each; rows past their sum give 0."""
         gate_up = einops.rearrange(self.gate_up[...], "e d two f -> e d (two f)")
-        return _expert_mlp(rows, gate_up, self.down[...], group_sizes)
+        return _expert_mlp(rows, gate_up, self.down[...], partial(grouped_matmul, group_sizes=group_sizes))
 
 
 class SeparateExperts(nnx.Module):
-    """`Experts` with an array of its own for each expert: what decoding on a CPU wants, which must not copy a stack.
+    """`Experts` for decoding on a CPU: each matrix an array of its own, transposed (see `apart` and `transposed`).
 
-    Each matrix adds its own products to the compiled program, so many rows, which training and prefill have, are
-    multiplied with the stack after all.
+    Each expert adds its own products to the compiled program, so many rows, as in prefill, are multiplied with stacks.
     """
 
-    FEW_ROWS = 32
+    FEW_ROWS = 16
 
     def __init__(self, experts: Experts):
-        self.gate_up = nnx.List(
-            [nnx.Param(w) for w in einops.rearrange(experts.gate_up[...], "e d two f -> e d (two f)")]
-        )
-        self.down = nnx.List([nnx.Param(w) for w in experts.down[...]])
+        gate_up = einops.rearrange(experts.gate_up[...], "e d two f -> e (two f) d")
+        down = einops.rearrange(experts.down[...], "e f d -> e d f")
+        self.gate_up = nnx.List([nnx.Param(matrix) for matrix in gate_up])
+        self.down = nnx.List([nnx.Param(matrix) for matrix in down])
 
     def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        gate_up, down = (tuple(w[...] for w in weights) for weights in (self.gate_up, self.down))
+        gate_up, down = ([matrix[...] for matrix in matrices] for matrices in (self.gate_up, self.down))
         if rows.shape[0] > self.FEW_ROWS:
-            gate_up, down = jnp.stack(gate_up), jnp.stack(down)
-        return _expert_mlp(rows, gate_up, down, group_sizes)
+            product = partial(grouped_matmul, group_sizes=group_sizes, transpose_rhs=True)
+            return _expert_mlp(rows, jnp.stack(gate_up), jnp.stack(down), product)
+
+        def product(rows, matrix):
+            return transposed.multiply(rows, matrix).astype(rows.dtype)
+
+        experts = [
+            lambda rows, up=up, down=down: _expert_mlp(rows, up, down, product)
+            for up, down in zip(gate_up, down, strict=True)
+        ]
+        return map_groups(experts, rows, group_sizes)
 
 
-def _expert_mlp(rows, gate_up, down, group_sizes):
-    hidden = grouped_matmul(rows, gate_up, group_sizes)
+def _expert_mlp(rows, gate_up, down, product):
+    hidden = product(rows, gate_up)
     hidden = swiglu(einops.rearrange(hidden, "m (two f) -> m two f", two=2))
-    return grouped_matmul(hidden, down, group_sizes)
+    return product(hidden, down)
 
 
 class Moe(nnx.Module):

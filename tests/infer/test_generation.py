@@ -1,5 +1,7 @@
 """Generation with the cache against whole forward passes without one."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +44,21 @@ def by_repeated_forward(model, prompt: list[int], count: int, images=None) -> li
 def test_greedy_takes_the_likeliest_token_of_a_whole_forward_pass(model, greedy):
     for prompt, found in zip(PROMPTS, greedy):
         assert found == by_repeated_forward(model, prompt, NEW)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_layout_for_decoding_changes_no_logits(tied):
+    config = tiny.text_config(num_layers=1)
+    attention = dataclasses.replace(config.text.attention, bias=not tied)
+    moe = dataclasses.replace(config.text.moe, top_k=2)
+    text = dataclasses.replace(config.text, attention=attention, moe=moe, tie_embeddings=tied)
+    plain = tiny.model(dataclasses.replace(config, text=text))
+    prepared = infer.prepare(plain)
+    assert jax.tree.structure(infer.prepare(prepared)) == jax.tree.structure(prepared)
+    for shape in [(1, 1), (3, 2), (2, ROOM)]:  # one row, a few, and more than are multiplied apart
+        tokens = jax.random.randint(jax.random.key(0), shape, 0, 128)
+        wanted, got = (forward(model, tokens, jnp.ones_like(tokens), None) for model in (plain, prepared))
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5 * float(jnp.abs(wanted).max()))
 
 
 def test_generate_returns_plain_lists_of_the_length_asked_for(greedy):

@@ -14,9 +14,16 @@ import math
 import jax
 import jax.numpy as jnp
 
-from llama4_jax.kernels.attention import blockwise, reference
+from llama4_jax.kernels.attention import blockwise, few_queries, reference
 
-IMPLEMENTATIONS = {"reference": reference.attend, "blockwise": blockwise.attend}
+IMPLEMENTATIONS = {
+    "reference": reference.attend,
+    "few_queries": few_queries.attend,
+    "blockwise": blockwise.attend,
+}
+
+# Queries of one sequence that share a key-value head, up to which keys are read as if for one.
+FEW_QUERIES = 16
 
 # Where the two are equally fast on two CPU cores: 2**17 to 2**19 scores, counted over batch and heads. Beyond that the
 # gap grows with length, in time (gradient at t = 512: five times) and in memory.
@@ -82,17 +89,20 @@ def choose(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> str:
         key_shape: (b, s, k, h).
     """
     batch, query_length, heads, _ = query_shape
-    return _choose(batch * heads, query_length, key_shape[1])
+    return _choose(batch * heads, query_length, key_shape[1], heads // key_shape[2])
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(rows: int, query_length: int, key_length: int) -> str:
+def _choose(rows: int, query_length: int, key_length: int, group: int) -> str:
     scores = rows * query_length * key_length
-    name, relation = ("blockwise", "more") if scores > FEW_SCORES else ("reference", "not more")
-    _logger.info(
-        "attention uses %s: %d x %d x %d (batch and heads, queries, keys) scores are %s than %d",
-        *(name, rows, query_length, key_length, relation, FEW_SCORES),
-    )
+    if query_length * group <= FEW_QUERIES:
+        name, reason = "few_queries", f"at most {FEW_QUERIES} queries share a key"
+    elif scores > FEW_SCORES:
+        name, reason = "blockwise", f"scores are more than {FEW_SCORES}"
+    else:
+        name, reason = "reference", f"scores are not more than {FEW_SCORES}"
+    size = f"{rows} x {query_length} x {key_length} (batch and heads, queries, keys)"
+    _logger.info("attention uses %s for %s: %s", name, size, reason)
     return name
 
 

@@ -38,26 +38,33 @@ def attend(
         chunk_size: positions in a chunk, or None.
     """
     rule = mask.visible(query_positions, key_positions, query_segments, key_segments, chunk_size)  # [b t s]
-    return _average(query, key, value, rule[:, None, None])
+    return average(_scores(query, key), value, rule[:, None, None]).astype(query.dtype)
 
 
 def attend_all(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """As `attend`, every query seeing every key (bidirectional, as in the vision tower); [b t n h]."""
-    return _average(query, key, value, None)
+    return average(_scores(query, key), value, None).astype(query.dtype)
 
 
-def _average(query: jax.Array, key: jax.Array, value: jax.Array, rule: jax.Array | None) -> jax.Array:
-    """Softmax attention under `rule`, bool, broadcast against [b k g t s]; None sees all."""
+def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    """query . key / sqrt(h), [b k g t s] in float32 at least."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
     grouped = einops.rearrange(query, "b t (k g) h -> b k g t h", k=key.shape[2])
     # Scale the scores, not the query: in bfloat16 that would round once more.
-    scores = jnp.einsum("bkgth,bskh->bkgts", grouped, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
+    return jnp.einsum("bkgth,bskh->bkgts", grouped, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
+
+
+def average(scores: jax.Array, value: jax.Array, rule: jax.Array | None) -> jax.Array:
+    """Values [b s k h] weighted by the softmax of scores [b k g t s] under `rule`: [b t n h], in the scores' dtype.
+
+    rule: bool, broadcast against the scores; None sees all.
+    """
     if rule is not None:
         scores = jnp.where(rule, scores, -jnp.inf)
     # The lowest number stands in for the -inf of a row that sees nothing, whose total is then 0 and not nan.
-    peak = jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(wide).min)
+    peak = jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(scores.dtype).min)
     weights = jnp.exp(scores - lax.stop_gradient(peak))
     total = weights.sum(-1, keepdims=True)  # [b k g t 1]
-    out = jnp.einsum("bkgts,bskh->bkgth", weights, value.astype(wide), preferred_element_type=wide)
+    out = jnp.einsum("bkgts,bskh->bkgth", weights, value.astype(scores.dtype), preferred_element_type=scores.dtype)
     out = out / jnp.where(total > 0, total, 1.0)
-    return einops.rearrange(out, "b k g t h -> b t (k g) h").astype(query.dtype)
+    return einops.rearrange(out, "b k g t h -> b t (k g) h")

@@ -27,9 +27,10 @@ _logger = logging.getLogger(__name__)
 
 def grouped_matmul(
     lhs: jax.Array,
-    rhs: jax.Array | tuple[jax.Array, ...],
+    rhs: jax.Array,
     group_sizes: jax.Array,
     *,
+    transpose_rhs: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
     """`out[i] = lhs[i] @ rhs[g]` for each row i of group g: `[m n]` in lhs's dtype, summed in float32.
@@ -39,26 +40,23 @@ def grouped_matmul(
 
     Args:
         lhs: [m k], rows sorted by group.
-        rhs: [e k n], or a tuple of e arrays [k n]: on the CPU a matrix of its own is read in place, where one out of a
-            stack is copied first, which decoding feels (it reads each matrix for a row or two) and training does not.
+        rhs: [e k n], or [e n k] with `transpose_rhs`.
         group_sizes: [e] int32, not negative, with a sum of at most m.
+        transpose_rhs: multiply with each matrix's transpose, of which no copy is made on the CPU.
         implementation: a name in `IMPLEMENTATIONS`, or None to choose by platform.
 
     Raises:
         ValueError: for an unknown implementation, or shapes or dtypes that do not belong together.
     """
-    rhs = tuple(rhs) if isinstance(rhs, (tuple, list)) else rhs
-    _check(lhs, rhs, group_sizes)
+    _check(lhs, rhs, group_sizes, transpose_rhs)
     if implementation is None:
         implementation = choose(jax.default_backend())
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown; use None or one of {sorted(IMPLEMENTATIONS)}")
     if lhs.shape[0] == 0:
-        return jnp.zeros((0, _matrix_shape(rhs)[1]), lhs.dtype)
-    if isinstance(rhs, tuple) and implementation != "blocked":
-        rhs = jnp.stack(rhs)
+        return jnp.zeros((0, rhs.shape[1 if transpose_rhs else 2]), lhs.dtype)
     with jax.named_scope("grouped_matmul"):
-        return IMPLEMENTATIONS[implementation](lhs, rhs, group_sizes)
+        return IMPLEMENTATIONS[implementation](lhs, rhs, group_sizes, transpose_rhs)
 
 
 @functools.cache
@@ -69,28 +67,18 @@ def choose(platform: str) -> str:
     return implementation
 
 
-def _matrix_shape(rhs) -> tuple[int, ...]:
-    return rhs[0].shape if isinstance(rhs, tuple) else rhs.shape[1:]
-
-
-def _check(lhs, rhs, group_sizes):
-    matrices = rhs if isinstance(rhs, tuple) else (rhs,)
-    if isinstance(rhs, tuple) and len({(matrix.shape, matrix.dtype) for matrix in rhs}) != 1:
-        shapes = [f"{matrix.dtype}{list(matrix.shape)}" for matrix in rhs]
-        raise ValueError(f"a tuple rhs must hold matrices of one shape and dtype, at least one; got {shapes}")
-    groups = len(rhs) if isinstance(rhs, tuple) else rhs.shape[0]
-    if lhs.ndim != 2 or len(_matrix_shape(rhs)) != 2 or lhs.shape[1] != _matrix_shape(rhs)[0]:
+def _check(lhs, rhs, group_sizes, transpose_rhs):
+    wanted = "[e n k]" if transpose_rhs else "[e k n]"
+    if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[2 if transpose_rhs else 1]:
         raise ValueError(
-            f"grouped_matmul wants lhs [m k] and rhs [e k n]; got lhs {list(lhs.shape)} and rhs "
-            f"{[groups, *_matrix_shape(rhs)]}; flatten tokens to rows, and check that k agrees"
+            f"grouped_matmul wants lhs [m k] and rhs {wanted}; got lhs {list(lhs.shape)} and rhs {list(rhs.shape)}; "
+            "flatten tokens to rows, and check that k agrees"
         )
-    if group_sizes.shape != (groups,) or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+    if group_sizes.shape != rhs.shape[:1] or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(
-            f"group_sizes must be integers [e={groups}], one for each matrix of rhs; got "
+            f"group_sizes must be integers [e={rhs.shape[0]}], one for each matrix of rhs; got "
             f"{group_sizes.dtype}{list(group_sizes.shape)}; count rows with zeros(e, int32).at[experts].add(1)"
         )
-    dtypes = {lhs.dtype, matrices[0].dtype}
+    dtypes = {lhs.dtype, rhs.dtype}
     if len(dtypes) != 1 or not jnp.issubdtype(lhs.dtype, jnp.floating):
-        raise ValueError(
-            f"lhs and rhs must share a floating dtype; got {lhs.dtype} and {matrices[0].dtype}; cast one of them"
-        )
+        raise ValueError(f"lhs and rhs must share a floating dtype; got {lhs.dtype} and {rhs.dtype}; cast one of them")

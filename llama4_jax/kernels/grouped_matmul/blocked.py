@@ -8,8 +8,8 @@ The gradients are the same walk over the groups: d lhs multiplies each block wit
 (no transposed copy is made), and d rhs adds up lhs_block^T d out_block of one group at a time.
 
 Why it looks as it does, on XLA's CPU backend:
-* A matrix sliced out of `[e k n]` is copied. It is sliced once a group, outside the loops over that group's blocks; or,
-  with a tuple of matrices, picked by a branch and not copied at all, which decoding wants.
+* A matrix sliced out of `[e k n]` is copied. It is sliced once a group, outside the loops over that group's blocks.
+  (Decoding, which feels even that, has its own way: `apart`.)
 * Slicing or updating a bfloat16 array converts *all of it* to float32, and the conversion is hoisted out of the loop.
   Tying the array to the loop's index keeps the conversion inside, where it melts into the slice; what is updated in
   a loop is carried as integers.
@@ -37,24 +37,23 @@ PADDING = 0.5
 """Blocks shorter than this share of the mean group are not used: they would be many, each reading a whole matrix."""
 
 
-@jax.custom_vjp
-def grouped_matmul(lhs, rhs, group_sizes):
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(lhs, rhs, group_sizes, transpose_rhs=False):
     """Grouped product for XLA's CPU backend; see `api.grouped_matmul`."""
-    return _products(lhs, rhs, group_sizes, contract=0)
+    return _products(lhs, rhs, group_sizes, contract=1 if transpose_rhs else 0)
 
 
-def _forward(lhs, rhs, group_sizes):
-    return grouped_matmul(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+def _forward(lhs, rhs, group_sizes, transpose_rhs):
+    return grouped_matmul(lhs, rhs, group_sizes, transpose_rhs), (lhs, rhs, group_sizes)
 
 
-def _backward(saved, cotangent):
+def _backward(transpose_rhs, saved, cotangent):
     lhs, rhs, group_sizes = saved
     with jax.named_scope("grouped_matmul_d_lhs"):
-        d_lhs = _products(cotangent, rhs, group_sizes, contract=1)
+        d_lhs = _products(cotangent, rhs, group_sizes, contract=0 if transpose_rhs else 1)
     with jax.named_scope("grouped_matmul_d_rhs"):
-        d_rhs = _outer_products(lhs, cotangent, group_sizes)
-    if isinstance(rhs, tuple):
-        d_rhs = tuple(d_rhs[i] for i in range(len(rhs)))
+        outer = (cotangent, lhs) if transpose_rhs else (lhs, cotangent)
+        d_rhs = _outer_products(*outer, group_sizes)
     return d_lhs, d_rhs, None
 
 
@@ -63,10 +62,7 @@ grouped_matmul.defvjp(_forward, _backward)
 
 def _products(rows, matrices, group_sizes, *, contract: int):
     """`rows [m a]` times each group's matrix, contracting the matrix's axis `contract`: `[m b]`, 0 past the groups."""
-    separate = isinstance(matrices, tuple)
-    if separate and rows.shape[0] == 1:  # decoding one sequence: loops around one short product would double its time
-        return _row_product(rows, matrices, group_sizes, contract)
-    width = (matrices[0] if separate else matrices).shape[-1 if contract == 0 else -2]
+    width = matrices.shape[-1 if contract == 0 else -2]
     sizes = _block_sizes(ROW_BLOCKS, rows.shape[0], group_sizes.shape[0])
 
     def group(matrix, start, stop, out):
@@ -81,43 +77,34 @@ def _products(rows, matrices, group_sizes, *, contract: int):
         return _over_blocks(sizes, start, stop, block, out)
 
     def visit(expert, start, stop, out):
-        if separate:
-            return lax.switch(expert, [partial(group, matrix) for matrix in matrices], start, stop, out)
         return group(_slice(matrices, expert, 1)[0], start, stop, out)
 
     zeros = _carried(jnp.zeros((rows.shape[0], width), rows.dtype))
     return _restored(_over_groups(group_sizes, visit, zeros), rows.dtype)
 
 
-def _row_product(row, matrices, group_sizes, contract: int):
-    """`_products` of a single row `[1 a]` and a tuple of matrices: the one group that has a row multiplies it."""
+def _outer_products(left, right, group_sizes):
+    """`left_group^T right_group` of each group: `[e a b]` of `[m a]` and `[m b]`, 0 where a group is empty.
 
-    def times(matrix):
-        return _dot(row, matrix, ((1,), (contract,))).astype(row.dtype)
-
-    product = lax.switch(jnp.argmax(group_sizes), [partial(times, matrix) for matrix in matrices])
-    return jnp.where(jnp.any(group_sizes > 0), product, 0)
-
-
-def _outer_products(lhs, cotangent, group_sizes):
-    """`lhs_group^T cotangent_group` of each group: `[e k n]`, 0 where a group is empty. Summed in float32."""
-    rows, shape = lhs.shape[0], (lhs.shape[1], cotangent.shape[1])
+    Summed in float32.
+    """
+    rows, shape = left.shape[0], (left.shape[1], right.shape[1])
     sizes = _block_sizes(REDUCTION_BLOCKS, rows, group_sizes.shape[0])
-    columns = lhs.T  # [k m]
+    columns = left.T  # [a m]
 
     def visit(expert, start, stop, out):
         def block(size, begin, total):
-            left, right = _slice(columns, begin, size, axis=1), _slice(cotangent, begin, size)  # [k size], [size n]
+            some, others = _slice(columns, begin, size, axis=1), _slice(right, begin, size)  # [a size], [size b]
             if size == sizes[-1]:
                 inside = _inside(begin, size, stop, rows)
-                left, right = jnp.where(inside.T, left, 0), jnp.where(inside, right, 0)  # both: 0 * inf is not 0
-            return total + _dot(left, right, ((1,), (0,)))
+                some, others = jnp.where(inside.T, some, 0), jnp.where(inside, others, 0)  # both: 0 * inf is not 0
+            return total + _dot(some, others, ((1,), (0,)))
 
-        total = _over_blocks(sizes, start, stop, block, jnp.zeros(shape, _accumulator(lhs.dtype)))
-        return lax.dynamic_update_index_in_dim(out, _carried(total.astype(lhs.dtype)), expert, 0)
+        total = _over_blocks(sizes, start, stop, block, jnp.zeros(shape, _accumulator(left.dtype)))
+        return lax.dynamic_update_index_in_dim(out, _carried(total.astype(left.dtype)), expert, 0)
 
-    zeros = _carried(jnp.zeros((group_sizes.shape[0], *shape), lhs.dtype))
-    return _restored(_over_groups(group_sizes, visit, zeros), lhs.dtype)
+    zeros = _carried(jnp.zeros((group_sizes.shape[0], *shape), left.dtype))
+    return _restored(_over_groups(group_sizes, visit, zeros), left.dtype)
 
 
 def _over_groups(group_sizes, visit, carry):

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 
-def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, transpose_rhs: bool = False) -> jax.Array:
     """Grouped product with sums in float32; see `api.grouped_matmul`."""
+    rhs = rhs.swapaxes(1, 2) if transpose_rhs else rhs  # [e k n]
     wide = jnp.promote_types(lhs.dtype, jnp.float32)
     return jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=wide).astype(lhs.dtype)

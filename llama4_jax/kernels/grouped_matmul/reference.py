@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 
-def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, transpose_rhs: bool = False) -> jax.Array:
     """`out[i] = lhs[i] @ rhs[group of row i]`, 0 for rows past the groups; see `api.grouped_matmul`."""
+    rhs = rhs.swapaxes(1, 2) if transpose_rhs else rhs  # [e k n]
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(lhs.shape[0])[:, None]
     member = (row >= ends - group_sizes) & (row < ends)  # [m e]

@@ -20,11 +20,13 @@ def arrays(shape, dtype=jnp.float32):
     return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
 
-def test_small_calls_use_the_reference_and_large_ones_blockwise():
+def test_few_queries_small_calls_and_large_ones_each_have_their_implementation():
     assert api.choose((1, 128, 8, 64), (1, 128, 2, 64)) == "reference"
     assert api.choose((1, 1024, 8, 64), (1, 1024, 2, 64)) == "blockwise"
-    assert api.choose((8, 1, 8, 64), (8, 160, 2, 64)) == "reference"
-    assert api.choose((8, 1, 8, 64), (8, 131_072, 2, 64)) == "blockwise"
+    assert api.choose((8, 1, 8, 64), (8, 160, 2, 64)) == "few_queries"
+    assert api.choose((8, 4, 8, 64), (8, 131_072, 2, 64)) == "few_queries"
+    assert api.choose((8, 5, 8, 64), (8, 131_072, 2, 64)) == "blockwise"
+    assert api.choose((1, 5, 8, 64), (1, 160, 2, 64)) == "reference"
 
 
 def test_choice_is_logged_once_with_its_reason(caplog):
@@ -32,7 +34,7 @@ def test_choice_is_logged_once_with_its_reason(caplog):
         for _ in range(3):
             api.choose((1, 1777, 8, 64), (1, 1777, 2, 64))
     assert [record.getMessage() for record in caplog.records] == [
-        "attention uses blockwise: 8 x 1777 x 1777 (batch and heads, queries, keys) scores are more than 262144"
+        "attention uses blockwise for 8 x 1777 x 1777 (batch and heads, queries, keys): scores are more than 262144"
     ]
 
 
@@ -45,7 +47,9 @@ def test_named_implementation_is_the_one_that_runs(implementation):
 
 
 def test_unknown_implementation_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"'flash' is unknown; use None or one of \['blockwise', 'reference'\]"):
+    with pytest.raises(
+        ValueError, match=r"'flash' is unknown; use None or one of \['blockwise', 'few_queries', 'reference'\]"
+    ):
         call(implementation="flash")
 
 

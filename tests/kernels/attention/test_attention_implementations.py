@@ -11,10 +11,12 @@ from llama4_jax.kernels.attention import api, blockwise, mask, reference, worklo
 from llama4_jax.kernels.attention.blocks import Blocking
 from llama4_jax.testing import budget
 
-IMPLEMENTATIONS = ["reference", "blockwise", "blockwise 16x8"]
+IMPLEMENTATIONS = ["reference", "few_queries", "blockwise", "blockwise 16x8"]
 # The sizes here make one block of blockwise attention by default, so most cases set smaller ones.
 CASES = [(i, name, jnp.float32) for name in workloads.SMALL for i in ("reference", "blockwise 16x8")]
 CASES += [("blockwise", name, jnp.float32) for name in ("several_chunks", "decode", "one_token")]
+CASES += [("few_queries", name, jnp.float32) for name in ("several_chunks", "packed", "decode", "one_token")]
+CASES += [("few_queries", "decode", jnp.bfloat16)]
 CASES += [(i, name, jnp.bfloat16) for name in ("several_chunks", "decode") for i in ("reference", "blockwise 16x8")]
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from llama4_jax.kernels.grouped_matmul import api, blocked, grouped_matmul, workloads
+from llama4_jax.kernels import transposed
+from llama4_jax.kernels.grouped_matmul import api, blocked, grouped_matmul, map_groups, workloads
 from llama4_jax.testing import budget
 
 STACKED = sorted(api.IMPLEMENTATIONS)
@@ -36,13 +37,13 @@ def expected(lhs, rhs, group_sizes, cotangent):
     return results
 
 
-def computed(implementation, lhs, rhs, group_sizes, cotangent):
+def computed(implementation, lhs, rhs, group_sizes, cotangent, **options):
     """The same by an implementation, compiled."""
 
     @jax.jit
     def run(lhs, rhs, group_sizes, cotangent):
         def product(lhs, rhs):
-            return grouped_matmul(lhs, rhs, group_sizes, implementation=implementation)
+            return grouped_matmul(lhs, rhs, group_sizes, implementation=implementation, **options)
 
         out, backward = jax.vjp(product, lhs, rhs)
         return out, *backward(cotangent)
@@ -88,19 +89,27 @@ def test_rows_that_are_not_finite_spoil_no_other_group(implementation):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-def test_matrices_in_a_tuple_give_what_a_stack_gives(dtype):
-    lhs, rhs, group_sizes, cotangent = arrays = workloads.SMALL["empty groups"].arrays(seed=3, dtype=dtype)
-    got = computed("blocked", lhs, tuple(rhs), group_sizes, cotangent)
-    assert isinstance(got[2], tuple)
-    assert_close((*got[:2], jnp.stack(got[2])), expected(*arrays), *arrays)
+@pytest.mark.parametrize("name", ["uneven", "empty groups", "one row"])
+@pytest.mark.parametrize("implementation", STACKED)
+def test_transposed_matrices_give_what_the_matrices_give(implementation, name, dtype):
+    lhs, rhs, group_sizes, cotangent = arrays = workloads.SMALL[name].arrays(seed=3, dtype=dtype)
+    got = computed(implementation, lhs, rhs.swapaxes(1, 2), group_sizes, cotangent, transpose_rhs=True)
+    assert_close((*got[:2], got[2].swapaxes(1, 2)), expected(*arrays), *arrays)
 
 
-def test_a_tuple_is_stacked_for_implementations_that_want_a_stack():
-    lhs, rhs, group_sizes, _ = workloads.SMALL["uneven"].arrays(seed=3)
-    for implementation in ("reference", "ragged"):
-        got = grouped_matmul(lhs, list(rhs), group_sizes, implementation=implementation)
-        want = grouped_matmul(lhs, rhs, group_sizes, implementation=implementation)
-        np.testing.assert_array_equal(got, want)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [name for name, workload in workloads.SMALL.items() if 0 < workload.rows <= 100])
+def test_each_group_goes_through_its_own_function(name, dtype):
+    lhs, rhs, group_sizes, cotangent = arrays = workloads.SMALL[name].arrays(seed=6, dtype=dtype)
+
+    @jax.jit
+    def run(lhs, matrices, group_sizes):
+        functions = [lambda rows, w=w: transposed.multiply(rows, w).astype(dtype) for w in matrices]
+        return map_groups(functions, lhs, group_sizes)
+
+    got = run(lhs, [matrix.T for matrix in rhs], group_sizes)
+    zeros = jnp.zeros_like(lhs), jnp.zeros_like(rhs)
+    assert_close((got, *zeros), (expected(*arrays)[0], *zeros), *arrays)
 
 
 @pytest.mark.parametrize("implementation", STACKED)
@@ -186,8 +195,7 @@ def test_the_platform_chooses_and_says_so_once(caplog):
         ({"lhs": jnp.ones((4, 3))}, r"got lhs \[4, 3\] and rhs \[2, 5, 6\]"),
         ({"lhs": jnp.ones((1, 4, 5))}, "flatten tokens to rows"),
         ({"rhs": jnp.ones((5, 6))}, "wants lhs"),
-        ({"rhs": (jnp.ones((5, 6)), jnp.ones((5, 7)))}, "one shape and dtype"),
-        ({"rhs": ()}, "at least one"),
+        ({"transpose_rhs": True}, r"rhs \[e n k\]; got lhs \[4, 5\] and rhs \[2, 5, 6\]"),
         ({"group_sizes": jnp.array([4, 0, 0])}, r"integers \[e=2\].*got int32\[3\]"),
         ({"group_sizes": jnp.array([4.0, 0.0])}, r"got float32\[2\]"),
         ({"lhs": jnp.ones((4, 5), jnp.bfloat16)}, "share a floating dtype; got bfloat16 and float32"),
