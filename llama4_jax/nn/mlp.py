@@ -20,6 +20,7 @@ class Mlp(nnx.Module):
         return self.down(swiglu(self.gate_up(x)))
 
 
+@jax.checkpoint  # the gradient keeps gate and up, and not three more arrays of their size
 def swiglu(gate_up: jax.Array) -> jax.Array:
     """silu(gate) * up of [.. 2 f]."""
     return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]

@@ -35,8 +35,8 @@ class Experts(nnx.Module):
 
     def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """rows [m d] sorted by expert, group_sizes [e] rows of each; rows past their sum give 0."""
-        gate_up = einops.rearrange(self.gate_up[...], "e d two f -> e d (two f)")
-        return _expert_mlp(rows, gate_up, self.down[...], partial(grouped_matmul, group_sizes=group_sizes))
+        hidden = swiglu(grouped_matmul(rows, self.gate_up[...], group_sizes))  # [m 2 f] to [m f]
+        return grouped_matmul(hidden, self.down[...], group_sizes)
 
 
 class SeparateExperts(nnx.Module):
@@ -91,7 +91,7 @@ class Moe(nnx.Module):
         with jax.named_scope("route"):
             routing, statistics = self.router(flat, present)
         with jax.named_scope("dispatch"):
-            inputs = flat[:, None] * routing.scores[..., None]  # [t k d]
+            inputs = _scaled(flat, routing.scores)  # [t k d]
             # Padding goes to no expert: it sorts behind all groups, where rows cost nothing and give 0.
             experts = jnp.where(present[:, None], routing.experts, self.config.num_experts).reshape(-1)
             order = jnp.argsort(experts, stable=True)
@@ -102,10 +102,16 @@ class Moe(nnx.Module):
             rows = self.experts(rows, group_sizes)
         with jax.named_scope("combine"):
             outputs = einops.rearrange(permute(rows, inverse, order), "(t k) d -> t k d", k=self.config.top_k)
-            routed = jnp.sum(outputs, axis=1).reshape(x.shape)
+            routed = jnp.sum(outputs, axis=1)
         assigned = jnp.sum(present) * self.config.top_k
         statistics["dropped"] = (assigned - jnp.sum(group_sizes)).astype(jnp.float32)
-        return self.shared(x) + routed, statistics
+        return (self.shared(flat) + routed).reshape(x.shape), statistics
+
+
+@jax.checkpoint  # the gradient keeps x, which the router and the shared expert keep as well, and no copies of it
+def _scaled(x: jax.Array, scores: jax.Array) -> jax.Array:
+    """x [t d] times each of its scores [t k]: [t k d]."""
+    return x[:, None] * scores[..., None]
 
 
 @jax.custom_vjp

@@ -6,6 +6,8 @@ scale, which is visible in bfloat16.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,10 +15,12 @@ from flax import nnx
 from llama4_jax.core import parameter
 
 
-def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
-    """Divides the last axis by its root mean square; no weight."""
+@partial(jax.checkpoint, static_argnums=1)  # the gradient keeps x alone
+def rms_normalize(x: jax.Array, eps: float, scale: jax.Array | None = None) -> jax.Array:
+    """Divides the last axis by its root mean square, then multiplies it by `scale` if there is one."""
     x32 = x.astype(jnp.float32)  # squares of bf16 numbers would lose half their digits
-    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    normal = (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    return normal if scale is None else normal * scale.astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -25,7 +29,7 @@ class RMSNorm(nnx.Module):
         self.scale = parameter.constant(1.0, (dim,), ("embed",), dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_normalize(x, self.eps) * self.scale[...].astype(x.dtype)
+        return rms_normalize(x, self.eps, self.scale[...])
 
 
 class LayerNorm(nnx.Module):

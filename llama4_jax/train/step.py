@@ -54,18 +54,23 @@ def make(
         gradients, terms = _accumulate(jax.grad(loss, has_aux=True), state.params, batch, rng, config.accumulation)
         # A batch without a single weighted token is a step without a gradient, not a division by zero.
         weight = jnp.where(terms.weight > 0, terms.weight, 1.0)
-        gradients = jax.tree.map(lambda g: g / weight, gradients)
         metrics = {name: total / weight for name, total in terms.sums.items()}
-        metrics |= {"objective": terms.loss / weight, "weight": terms.weight} | gradient_norms(gradients)
+        norms = {name: norm / weight for name, norm in gradient_norms(gradients).items()}
+        metrics |= {"objective": terms.loss / weight, "weight": terms.weight} | norms
         metrics |= {"learning_rate": learning_rate(state.step)}
         finite = jnp.isfinite(metrics["objective"]) & jnp.isfinite(metrics["grad_norm"])
-        with jax.named_scope("update"):
+
+        def updated(state: TrainState, gradients: Params) -> TrainState:
+            gradients = jax.tree.map(lambda g: g / weight, gradients)
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             if rows:
                 params |= move_selection_bias(params, metrics["load"], rows, config.bias_rate)
-            proposed = TrainState(state.step + 1, params, opt_state, state.rng)
-            state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
+            return TrainState(state.step + 1, params, opt_state, state.rng)
+
+        with jax.named_scope("update"):
+            # A branch of its own: what the update needs in memory comes after what the gradients needed.
+            state = jax.lax.cond(finite, updated, lambda state, _: state, state, gradients)
         return state, metrics | {"finite": finite}
 
     return jax.jit(step, donate_argnums=0)

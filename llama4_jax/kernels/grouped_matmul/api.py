@@ -33,14 +33,14 @@ def grouped_matmul(
     transpose_rhs: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
-    """`out[i] = lhs[i] @ rhs[g]` for each row i of group g: `[m n]` in lhs's dtype, summed in float32.
+    """`out[i] = lhs[i] @ rhs[g]` for each row i of group g: `[m n..]` in lhs's dtype, summed in float32.
 
     The first `group_sizes[0]` rows are group 0's, the next `group_sizes[1]` are group 1's, and so on; groups may be
     empty. Rows past the last group give 0 and receive no gradient. Differentiable in lhs and rhs, in reverse mode.
 
     Args:
         lhs: [m k], rows sorted by group.
-        rhs: [e k n], or [e n k] with `transpose_rhs`.
+        rhs: [e k n..], with one axis or more after k, or [e n k] with `transpose_rhs`.
         group_sizes: [e] int32, not negative, with a sum of at most m.
         transpose_rhs: multiply with each matrix's transpose, of which no copy is made on the CPU.
         implementation: a name in `IMPLEMENTATIONS`, or None to choose by platform.
@@ -54,7 +54,7 @@ def grouped_matmul(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown; use None or one of {sorted(IMPLEMENTATIONS)}")
     if lhs.shape[0] == 0:
-        return jnp.zeros((0, rhs.shape[1 if transpose_rhs else 2]), lhs.dtype)
+        return jnp.zeros((0, *(rhs.shape[1:2] if transpose_rhs else rhs.shape[2:])), lhs.dtype)
     with jax.named_scope("grouped_matmul"):
         return IMPLEMENTATIONS[implementation](lhs, rhs, group_sizes, transpose_rhs)
 
@@ -68,8 +68,9 @@ def choose(platform: str) -> str:
 
 
 def _check(lhs, rhs, group_sizes, transpose_rhs):
-    wanted = "[e n k]" if transpose_rhs else "[e k n]"
-    if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[2 if transpose_rhs else 1]:
+    wanted = "[e n k]" if transpose_rhs else "[e k n..]"
+    fits = rhs.ndim == 3 if transpose_rhs else rhs.ndim >= 3
+    if lhs.ndim != 2 or not fits or lhs.shape[1] != rhs.shape[2 if transpose_rhs else 1]:
         raise ValueError(
             f"grouped_matmul wants lhs [m k] and rhs {wanted}; got lhs {list(lhs.shape)} and rhs {list(rhs.shape)}; "
             "flatten tokens to rows, and check that k agrees"

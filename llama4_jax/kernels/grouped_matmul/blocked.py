@@ -40,7 +40,11 @@ PADDING = 0.5
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(lhs, rhs, group_sizes, transpose_rhs=False):
     """Grouped product for XLA's CPU backend; see `api.grouped_matmul`."""
-    return _products(lhs, rhs, group_sizes, contract=1 if transpose_rhs else 0)
+    if transpose_rhs:
+        return _products(lhs, rhs, group_sizes, contract=1)
+    # The reshape is in here, so that what a scan over layers keeps for the gradient is rhs and not a second copy of it.
+    out = _products(lhs, rhs.reshape(*rhs.shape[:2], -1), group_sizes, contract=0)
+    return out.reshape(-1, *rhs.shape[2:])
 
 
 def _forward(lhs, rhs, group_sizes, transpose_rhs):
@@ -49,12 +53,13 @@ def _forward(lhs, rhs, group_sizes, transpose_rhs):
 
 def _backward(transpose_rhs, saved, cotangent):
     lhs, rhs, group_sizes = saved
+    cotangent, matrices = cotangent.reshape(lhs.shape[0], -1), rhs.reshape(*rhs.shape[:2], -1)
     with jax.named_scope("grouped_matmul_d_lhs"):
-        d_lhs = _products(cotangent, rhs, group_sizes, contract=0 if transpose_rhs else 1)
+        d_lhs = _products(cotangent, matrices, group_sizes, contract=0 if transpose_rhs else 1)
     with jax.named_scope("grouped_matmul_d_rhs"):
         outer = (cotangent, lhs) if transpose_rhs else (lhs, cotangent)
         d_rhs = _outer_products(*outer, group_sizes)
-    return d_lhs, d_rhs, None
+    return d_lhs, d_rhs.reshape(rhs.shape), None
 
 
 grouped_matmul.defvjp(_forward, _backward)

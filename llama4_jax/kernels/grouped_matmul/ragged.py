@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, transpose_rhs: bool = False) -> jax.Array:
     """Grouped product with sums in float32; see `api.grouped_matmul`."""
-    rhs = rhs.swapaxes(1, 2) if transpose_rhs else rhs  # [e k n]
+    matrices = rhs.swapaxes(1, 2) if transpose_rhs else rhs.reshape(*rhs.shape[:2], -1)  # [e k n]
     wide = jnp.promote_types(lhs.dtype, jnp.float32)
-    return jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=wide).astype(lhs.dtype)
+    out = jax.lax.ragged_dot(lhs, matrices, group_sizes, preferred_element_type=wide).astype(lhs.dtype)
+    return out if transpose_rhs else out.reshape(-1, *rhs.shape[2:])

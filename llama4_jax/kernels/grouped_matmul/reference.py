@@ -16,5 +16,5 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, trans
     row = jnp.arange(lhs.shape[0])[:, None]
     member = (row >= ends - group_sizes) & (row < ends)  # [m e]
     wide = jnp.promote_types(lhs.dtype, jnp.float32)
-    products = jnp.einsum("mk,ekn->emn", lhs, rhs, preferred_element_type=wide)
-    return jnp.einsum("me,emn->mn", member.astype(wide), products).astype(lhs.dtype)
+    products = jnp.einsum("mk,ek...->em...", lhs, rhs, preferred_element_type=wide)
+    return jnp.einsum("me,em...->m...", member.astype(wide), products).astype(lhs.dtype)
