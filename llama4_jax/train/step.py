@@ -61,7 +61,7 @@ def make(
         finite = jnp.isfinite(metrics["objective"]) & jnp.isfinite(metrics["grad_norm"])
 
         def updated(state: TrainState, gradients: Params) -> TrainState:
-            gradients = jax.tree.map(lambda g: g / weight, gradients)
+            gradients = jax.tree.map(lambda g: (g / weight).astype(g.dtype), gradients)
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             if rows:
