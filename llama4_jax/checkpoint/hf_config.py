@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llama4_jax.checkpoint import quantised
 from llama4_jax.config import (
     Attention,
     AttentionConfig,
@@ -60,9 +61,7 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = No
     missing or contradictory fields (naming them all), NotImplementedError for what this project's model cannot be.
     """
     if config.get("quantization_config"):
-        raise NotImplementedError(
-            f"config.json: quantization_config={config['quantization_config']}; only float checkpoints are read"
-        )
+        quantised.check_config(config["quantization_config"])
     nested = "text_config" in config
     text = config["text_config"] if nested else config
     where = "config.json: text_config" if nested else "config.json"
@@ -217,7 +216,7 @@ def _check_layer_types(text: TextConfig, layer_types: Sequence[str] | None, wher
     wanted = _layer_types(text)
     if layer_types and list(layer_types) != wanted:
         raise NotImplementedError(
-            f"{where}: layer_types={list(layer_types)}; wanted {wanted}: chunked attention exactly on the layers with RoPE"
+            f"{where}: layer_types={list(layer_types)}; wanted {wanted}: chunked attention just on the layers with RoPE"
         )
 
 

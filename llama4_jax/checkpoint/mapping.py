@@ -1,11 +1,13 @@
 """Which tensor of a checkpoint file is which slice of which parameter: one table, read in both directions.
 
 A `Rule` ties a tensor's name to a parameter's path and gives the change of layout as an einops pattern from file to
-parameter; swapping the pattern's sides gives the way back. `entries` writes the rules out for a configuration, one
-`Entry` a tensor, and `account` checks that a file and a model agree: every tensor and every parameter exactly once.
-Another layout is another `Layout` value.
+parameter; swapping the pattern's sides gives the way back. `entries` writes the rules out for a configuration, and
+`account` checks that files and a model agree: every tensor and every parameter exactly once. A kind of checkpoint is a
+`Layout` value (`layouts`).
 
-Source: tensor names of Hugging Face `Llama4ForCausalLM` and `Llama4ForConditionalGeneration` (transformers 5.23).
+Two things need more than a pattern. Rules that share a key lie one after another along the first axis of its tensor, in
+the order of the rules (queries, keys and values in one matrix). And where a checkpoint is split among devices, `split`
+names the letter of the pattern along which they divide the tensor; shard i of n fills the i-th of n equal parts of it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 from einops import rearrange
@@ -33,12 +35,15 @@ class Rule:
     path: str
     pattern: str
     slot: tuple = ()  # index into the parameter, stacking left out: gate and up share one parameter
+    split: str = ""  # the letter that tensor-parallel shards divide; "": each shard has the whole tensor
+    also: tuple[str, ...] = ()  # other names under which files have this tensor; `key` is what is written
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The rules of one kind of checkpoint file, in groups that a configuration switches on or repeats by layer."""
 
+    name: str  # what messages call it
     text: tuple[Rule, ...]
     head: tuple[Rule, ...]  # only when the output matrix is not the embedding table
     block: tuple[Rule, ...]  # each decoder layer
@@ -50,136 +55,124 @@ class Layout:
     block_prefix: str  # before the keys of decoder layer {layer}
     vision_block_prefix: str
     text_prefix: str  # before every text key, in a multimodal file
+    expert: tuple[Rule, ...] = ()  # each routed {expert} of a mixture, where experts are separate tensors
+    dropped: tuple[str, ...] = ()  # regular expressions of keys that hold no weights
 
-
-HF_FUSED = Layout(
-    text_prefix="language_model.",
-    block_prefix="model.layers.{layer}.",
-    vision_block_prefix="vision_model.model.layers.{layer}.",
-    text=(
-        Rule("model.embed_tokens.weight", "embed.table", "v d -> v d"),
-        Rule("model.norm.weight", "norm.scale", "d -> d"),
-    ),
-    head=(Rule("lm_head.weight", "head.kernel", "v d -> d v"),),
-    block=(
-        Rule("input_layernorm.weight", "attention_norm.scale", "d -> d"),
-        Rule("self_attn.q_proj.weight", "attention.query.kernel", "(n h) d -> d n h"),
-        Rule("self_attn.k_proj.weight", "attention.key.kernel", "(k h) d -> d k h"),
-        Rule("self_attn.v_proj.weight", "attention.value.kernel", "(k h) d -> d k h"),
-        Rule("self_attn.o_proj.weight", "attention.output.kernel", "d (n h) -> n h d"),
-        Rule("post_attention_layernorm.weight", "feed_forward_norm.scale", "d -> d"),
-    ),
-    attention_bias=(
-        Rule("self_attn.q_proj.bias", "attention.query.bias", "(n h) -> n h"),
-        Rule("self_attn.k_proj.bias", "attention.key.bias", "(k h) -> k h"),
-        Rule("self_attn.v_proj.bias", "attention.value.bias", "(k h) -> k h"),
-        Rule("self_attn.o_proj.bias", "attention.output.bias", "d -> d"),
-    ),
-    dense=(
-        Rule("feed_forward.gate_proj.weight", "feed_forward.gate_up.kernel", "f d -> d f", (ALL, 0)),
-        Rule("feed_forward.up_proj.weight", "feed_forward.gate_up.kernel", "f d -> d f", (ALL, 1)),
-        Rule("feed_forward.down_proj.weight", "feed_forward.down.kernel", "d f -> f d"),
-    ),
-    moe=(
-        Rule("feed_forward.router.weight", "feed_forward.router.kernel", "e d -> d e"),
-        Rule("feed_forward.experts.gate_up_proj", "feed_forward.experts.gate_up", "e d (two f) -> e d two f"),
-        Rule("feed_forward.experts.down_proj", "feed_forward.experts.down", "e f d -> e f d"),
-        Rule(
-            "feed_forward.shared_expert.gate_proj.weight", "feed_forward.shared.gate_up.kernel", "f d -> d f", (ALL, 0)
-        ),
-        Rule("feed_forward.shared_expert.up_proj.weight", "feed_forward.shared.gate_up.kernel", "f d -> d f", (ALL, 1)),
-        Rule("feed_forward.shared_expert.down_proj.weight", "feed_forward.shared.down.kernel", "d f -> f d"),
-    ),
-    vision=(
-        Rule("vision_model.patch_embedding.linear.weight", "vision.patch.kernel", "d p -> p d"),
-        Rule("vision_model.class_embedding", "vision.class_embedding", "d -> d"),
-        Rule("vision_model.positional_embedding_vlm", "vision.position_embedding", "p d -> p d"),
-        Rule("vision_model.layernorm_pre.weight", "vision.norm_pre.scale", "d -> d"),
-        Rule("vision_model.layernorm_pre.bias", "vision.norm_pre.bias", "d -> d"),
-        Rule("vision_model.layernorm_post.weight", "vision.norm_post.scale", "d -> d"),
-        Rule("vision_model.layernorm_post.bias", "vision.norm_post.bias", "d -> d"),
-        Rule("vision_model.vision_adapter.mlp.fc1.weight", "vision.adapter.fc1.kernel", "o i -> i o"),
-        Rule("vision_model.vision_adapter.mlp.fc2.weight", "vision.adapter.fc2.kernel", "o i -> i o"),
-        Rule("multi_modal_projector.linear_1.weight", "vision.projector.kernel", "o i -> i o"),
-    ),
-    vision_block=(
-        Rule("input_layernorm.weight", "attention_norm.scale", "d -> d"),
-        Rule("input_layernorm.bias", "attention_norm.bias", "d -> d"),
-        Rule("self_attn.q_proj.weight", "attention.query.kernel", "(n h) d -> d n h"),
-        Rule("self_attn.q_proj.bias", "attention.query.bias", "(n h) -> n h"),
-        Rule("self_attn.k_proj.weight", "attention.key.kernel", "(n h) d -> d n h"),
-        Rule("self_attn.k_proj.bias", "attention.key.bias", "(n h) -> n h"),
-        Rule("self_attn.v_proj.weight", "attention.value.kernel", "(n h) d -> d n h"),
-        Rule("self_attn.v_proj.bias", "attention.value.bias", "(n h) -> n h"),
-        Rule("self_attn.o_proj.weight", "attention.output.kernel", "d (n h) -> n h d"),
-        Rule("self_attn.o_proj.bias", "attention.output.bias", "d -> d"),
-        Rule("post_attention_layernorm.weight", "mlp_norm.scale", "d -> d"),
-        Rule("post_attention_layernorm.bias", "mlp_norm.bias", "d -> d"),
-        Rule("mlp.fc1.weight", "fc1.kernel", "o i -> i o"),
-        Rule("mlp.fc1.bias", "fc1.bias", "o -> o"),
-        Rule("mlp.fc2.weight", "fc2.kernel", "o i -> i o"),
-        Rule("mlp.fc2.bias", "fc2.bias", "o -> o"),
-    ),
-)
+    def kept(self, names: Iterable[str]) -> list[str]:
+        """`names` without those that this layout drops on purpose."""
+        return [name for name in names if not any(re.fullmatch(pattern, name) for pattern in self.dropped)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: the parameter `path` and the `index` into it that it fills, by the einops `pattern`."""
+    """One tensor of a file, or one part of it: the `index` into parameter `path` that it fills, by `pattern`."""
 
     key: str
     path: str
     index: tuple
     pattern: str
+    split: str = ""
 
-    def to_leaf(self, tensor: np.ndarray, leaf: Shape) -> np.ndarray:
-        """`tensor` laid out as the slice of a parameter of shape `leaf` that it fills."""
-        return rearrange(tensor, self.pattern, **self._sizes(leaf))
+    def fill(self, leaf: np.ndarray, tensor: np.ndarray, shard: int = 0, shards: int = 1) -> None:
+        """Puts `tensor`, shard `shard` of `shards`, where it belongs in the whole parameter `leaf`."""
+        sizes = self._sizes(leaf.shape, shards)
+        own = slice(shard * sizes.get(self.split, 0), (shard + 1) * sizes.get(self.split, 0))
+        window = tuple(own if name == self.split else ALL for name in sizes)
+        leaf[self.index][window] = rearrange(tensor, self.pattern, **sizes)
 
     def to_file(self, leaf: np.ndarray) -> np.ndarray:
         """The tensor as the file stores it, out of the whole parameter."""
         file_side, leaf_side = self.pattern.split(" -> ")
         return np.ascontiguousarray(rearrange(leaf[self.index], f"{leaf_side} -> {file_side}"))
 
-    def file_shape(self, leaf: Shape) -> Shape:
-        """The shape of the file's tensor, given the shape of the parameter."""
-        sizes = self._sizes(leaf)
+    def file_shape(self, leaf: Shape, shards: int = 1) -> Shape:
+        """The shape of the tensor in one of `shards` files, given the shape of the parameter.
+
+        Raises ValueError where the axis that shards divide has no `shards` equal parts.
+        """
+        sizes = self._sizes(leaf, shards)
         groups = re.findall(r"\(.*?\)|\w+", self.pattern.split(" -> ")[0])
         return tuple(math.prod(sizes[name] for name in group.strip("()").split()) for group in groups)
 
-    def _sizes(self, leaf: Shape) -> dict[str, int]:
+    def _sizes(self, leaf: Shape, shards: int) -> dict[str, int]:
+        """The letters of the parameter's side, in its order, with their sizes in one shard."""
         index = self.index + (ALL,) * (len(leaf) - len(self.index))
         kept = [size for size, part in zip(leaf, index) if part == ALL]
-        return dict(zip(self.pattern.split(" -> ")[1].split(), kept, strict=True))
+        sizes = dict(zip(self.pattern.split(" -> ")[1].split(), kept, strict=True))
+        if self.split:
+            if sizes[self.split] % shards:
+                raise ValueError(f"{self.key}: axis {self.split!r} of {sizes[self.split]} in {shards} shards")
+            sizes[self.split] //= shards
+        return sizes
 
 
 def entries(
-    config: Llama4Config, layout: Layout = HF_FUSED, *, stacked: bool, text_prefix: str | None = None
+    config: Llama4Config,
+    layout: Layout,
+    *,
+    stacked: bool,
+    text_prefix: str | None = None,
+    names: Collection[str] = (),
 ) -> list[Entry]:
     """Every tensor of a checkpoint of `config`, in the order of the layers.
 
     `stacked` tells how the model holds its decoder: repeats of a period stacked on a first axis, or layer by layer.
     `text_prefix` overrides what stands before text keys: the layout's prefix in a multimodal file, else nothing.
+    `names`, those in a file, choose between the spellings of a key.
     """
     if text_prefix is None:
         text_prefix = layout.text_prefix if config.vision else ""
-    rules = layout.text + (() if config.text.tie_embeddings else layout.head)
-    found = [Entry(text_prefix + rule.key, rule.path, rule.slot, rule.pattern) for rule in rules]
+
+    def write_out(rules: Iterable[Rule], prefix: str, path: str = "", index: tuple = (), **fields) -> list[Entry]:
+        return [
+            Entry(_spelling(rule, prefix, names, fields), path + rule.path, index + rule.slot, rule.pattern, rule.split)
+            for rule in rules
+        ]
+
+    found = write_out(layout.text + (() if config.text.tie_embeddings else layout.head), text_prefix)
     for layer, kind in enumerate(layer_kinds(config.text)):
         path, index = _place(config, layer, stacked)
         prefix = text_prefix + layout.block_prefix.format(layer=layer)
+        mixture = kind.feed_forward is FeedForward.MOE
         rules = layout.block + (layout.attention_bias if config.text.attention.bias else ())
-        rules += layout.moe if kind.feed_forward is FeedForward.MOE else layout.dense
-        found += [Entry(prefix + rule.key, f"{path}.{rule.path}", index + rule.slot, rule.pattern) for rule in rules]
+        found += write_out(rules + (layout.moe if mixture else layout.dense), prefix, path, index)
+        for expert in range(config.text.moe.num_experts) if mixture and layout.expert else ():
+            found += write_out(layout.expert, prefix, path, (*index, expert), expert=expert)
     if config.vision:
-        found += [Entry(rule.key, rule.path, rule.slot, rule.pattern) for rule in layout.vision]
+        found += write_out(layout.vision, "")
         for layer in range(config.vision.num_layers):
             prefix = layout.vision_block_prefix.format(layer=layer)
-            found += [
-                Entry(prefix + rule.key, f"vision.blocks.{rule.path}", (layer, *rule.slot), rule.pattern)
-                for rule in layout.vision_block
-            ]
+            found += write_out(layout.vision_block, prefix, "vision.blocks.", (layer,))
     return found
+
+
+def by_key(table: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """Key -> the entries that its tensor holds, in the order in which it holds them."""
+    found: dict[str, list[Entry]] = {}
+    for entry in table:
+        found.setdefault(entry.key, []).append(entry)
+    return found
+
+
+def stored_shape(parts: list[Entry], leaves: Mapping[str, Shape], shards: int = 1) -> Shape:
+    """The shape of the tensor that holds `parts`, in one of `shards` files."""
+    shapes = [part.file_shape(leaves[part.path], shards) for part in parts]
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def rows(parts: list[Entry], part: Entry, leaves: Mapping[str, Shape], shards: int = 1) -> slice:
+    """Where `part` lies on the first axis of the tensor that holds `parts`."""
+    if len(parts) == 1:
+        return ALL
+    lengths = [other.file_shape(leaves[other.path], shards)[0] for other in parts]
+    place = parts.index(part)
+    return slice(sum(lengths[:place]), sum(lengths[: place + 1]))
+
+
+def _spelling(rule: Rule, prefix: str, names: Collection[str], fields: Mapping[str, int]) -> str:
+    """The key under which a file has the rule's tensor; its first spelling where no file has it."""
+    spellings = [prefix + key.format(**fields) for key in (rule.key, *rule.also)]
+    return next((key for key in spellings if key in names), spellings[0])
 
 
 def _place(config: Llama4Config, layer: int, stacked: bool) -> tuple[str, tuple]:
@@ -187,33 +180,37 @@ def _place(config: Llama4Config, layer: int, stacked: bool) -> tuple[str, tuple]
     period = config.text.period
     repeats = config.text.num_layers // period
     if not stacked or repeats < 2:
-        return f"decoder.tail.{layer}", ()
+        return f"decoder.tail.{layer}.", ()
     if layer < repeats * period:
-        return f"decoder.period.{layer % period}", (layer // period,)
-    return f"decoder.tail.{layer - repeats * period}", ()
+        return f"decoder.period.{layer % period}.", (layer // period,)
+    return f"decoder.tail.{layer - repeats * period}.", ()
 
 
-def account(table: Iterable[Entry], stored: Mapping[str, Shape], leaves: Mapping[str, Shape], source: str) -> None:
-    """Checks that `stored` tensors and model `leaves` (name -> shape) match one to one through `table`.
+def account(
+    table: Iterable[Entry], files: Mapping[str, Mapping[str, Shape]], leaves: Mapping[str, Shape], source: str
+) -> None:
+    """Checks that the tensors in `files` (label -> key -> shape; several are shards) and model `leaves` match.
 
     Raises ValueError listing everything missing, unexpected or misshapen in `source`, and every parameter that the
     table leaves unfilled, fills twice or invents.
     """
     table = list(table)
-    known = {entry.key: entry for entry in table}
+    known = by_key(entry for entry in table if entry.path in leaves)
+    keys = {entry.key for entry in table}
     filled: Counter[str] = Counter()
     for entry in table:
         filled[entry.path] += math.prod(entry.file_shape(leaves[entry.path])) if entry.path in leaves else 0
     slices = Counter((entry.path, str(entry.index)) for entry in table)
+    label = {name: f" ({name})" if len(files) > 1 else "" for name in files}
     problems = {
-        "missing": sorted(known.keys() - stored.keys()),
-        "unexpected": sorted(stored.keys() - known.keys()),
+        "missing": sorted(key + label[name] for name, stored in files.items() for key in keys - stored.keys()),
+        "unexpected": sorted(key + label[name] for name, stored in files.items() for key in stored.keys() - keys),
         "misshapen": [
-            f"{key}: wanted {entry.file_shape(leaves[entry.path])}, got {tuple(stored[key])}"
-            for key, entry in known.items()
-            if key in stored and entry.path in leaves and entry.file_shape(leaves[entry.path]) != tuple(stored[key])
+            f"{key}{label[name]}: {problem}"
+            for name, stored in files.items()
+            for key, parts in known.items()
+            if key in stored and (problem := _misfit(parts, leaves, tuple(stored[key]), len(files)))
         ],
-        "named twice in the mapping": sorted(key for key, n in Counter(e.key for e in table).items() if n > 1),
         "filled twice in the model": sorted({path for (path, _), n in slices.items() if n > 1}),
         "not filled in the model": sorted(p for p, shape in leaves.items() if filled[p] != math.prod(shape)),
         "not in the model": sorted(filled.keys() - leaves.keys()),
@@ -225,3 +222,12 @@ def account(table: Iterable[Entry], stored: Mapping[str, Shape], leaves: Mapping
             + "\n".join(found)
             + "\nCheck that the configuration belongs to these weights."
         )
+
+
+def _misfit(parts: list[Entry], leaves: Mapping[str, Shape], got: Shape, shards: int) -> str | None:
+    """What is wrong with a tensor of shape `got`; None if nothing is."""
+    try:
+        wanted = stored_shape(parts, leaves, shards)
+    except ValueError as error:
+        return f"{error}: not divisible"
+    return None if wanted == got else f"wanted {wanted}, got {got}"

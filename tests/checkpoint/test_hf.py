@@ -13,12 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 from llama4_jax import checkpoint
 from llama4_jax.checkpoint import hf
+from llama4_jax.checkpoint.tensors import write_file
 from llama4_jax.config import presets
 from llama4_jax.model import Llama4
 from llama4_jax.testing import goldens
 
 GOLDENS = pathlib.Path(__file__).resolve().parents[1] / "goldens"
-NAMES = sorted(folder.name for folder in GOLDENS.iterdir() if folder.is_dir())
+NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/meta.json"))
 
 
 @pytest.fixture(scope="module")
@@ -171,13 +172,13 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_debris(folders, tmp_path
     checkpoint.save_hf(checkpoint.load_hf(folders["scout"]), target)
     written = []
 
-    def fill_the_disk(tensors, path, metadata):
+    def fill_the_disk(path, specs, produce):
         if written:
             raise OSError("No space left on device")
-        save_file(tensors, path, metadata)
+        write_file(path, specs, produce)
         written.append(path)
 
-    monkeypatch.setattr("llama4_jax.checkpoint.tensors.save_file", fill_the_disk)
+    monkeypatch.setattr("llama4_jax.checkpoint.tensors.write_file", fill_the_disk)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save_hf(checkpoint.load_hf(folders["bias"]), target, max_shard_bytes=100_000)
     assert written and not written[0].exists()
@@ -211,9 +212,18 @@ def test_folders_without_a_checkpoint_say_what_is_missing(folders, tmp_path):
         checkpoint.load_hf(tmp_path)
 
 
-def test_quantised_dtypes_are_refused_by_name(folders, tmp_path):
+def test_dtypes_that_are_no_weights_are_refused_by_name(folders, tmp_path):
     def quantise(named):
-        named["lm_head.weight"] = named["lm_head.weight"].astype(jnp.float8_e4m3fn)
+        named["lm_head.weight"] = named["lm_head.weight"].astype(np.int8)
 
-    with pytest.raises(NotImplementedError, match="lm_head.weight has dtype F8_E4M3"):
-        checkpoint.load_hf(rewrite(folders["scout"], tmp_path / "fp8", quantise))
+    with pytest.raises(NotImplementedError, match="lm_head.weight has dtype I8"):
+        checkpoint.load_hf(rewrite(folders["scout"], tmp_path / "int8", quantise))
+
+
+def test_what_is_written_is_what_safetensors_writes_even_with_mixed_dtypes(tmp_path):
+    named = {"odd": np.arange(3).astype(jnp.bfloat16), "wide": np.arange(4.0, dtype=np.float32).reshape(2, 2)}
+    specs = {key: (tensor.shape, tensor.dtype) for key, tensor in named.items()}
+    write_file(tmp_path / "ours.safetensors", specs, named.__getitem__)
+    assert_same_bits(load_file(tmp_path / "ours.safetensors"), named)
+    with pytest.raises(ValueError, match="odd: wanted"):
+        write_file(tmp_path / "bad.safetensors", {**specs, "odd": ((4,), specs["odd"][1])}, named.__getitem__)
