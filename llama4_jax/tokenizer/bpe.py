@@ -12,11 +12,12 @@ import base64
 import binascii
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 
 import tiktoken
 
-from llama4_jax.tokenizer import special
+from llama4_jax.tokenizer import slices, special
 
 # Words are cut at a change from lower to upper case and keep English contractions; digits go by threes.
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
@@ -33,6 +34,7 @@ SPLIT_PATTERN = "|".join(
         r"\s+",
     )
 )
+_SPECIAL = re.compile(r"<\|(\w+)\|>")
 
 
 class Tokenizer:
@@ -63,11 +65,11 @@ class Tokenizer:
         """Ids of `text`, optionally between begin_of_text and end_of_text.
 
         allow_special: `<|eot|>` and its like in `text` become their ids; otherwise they are plain text.
+
+        Long texts are encoded in parts, with the ids of the whole; only within one word, row of signs or stretch of
+        space of more than 100,000 characters, which tiktoken may fail on, ids may differ (see `slices`).
         """
-        if allow_special:
-            tokens = self._encoding.encode(text, allowed_special="all")
-        else:
-            tokens = self._encoding.encode_ordinary(text)
+        tokens = self._encode_special(text) if allow_special else self._encode_ordinary(text)
         return [self.bos] * bos + tokens + [self.eos] * eos
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -83,6 +85,25 @@ class Tokenizer:
                 "decode with the tokenizer that the model was trained with"
             )
         return self._encoding.decode(tokens, errors="replace")
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        if len(text) <= slices.WINDOW:
+            return self._encoding.encode_ordinary(text)
+        tokens: list[int] = []
+        for part in slices.parts(text):
+            tokens += self._encoding.encode_ordinary(part)
+        return tokens
+
+    def _encode_special(self, text: str) -> list[int]:
+        """Special spellings are taken out first: no part may end within one."""
+        tokens: list[int] = []
+        start = 0
+        for found in _SPECIAL.finditer(text):
+            if found[1] in self.special:
+                tokens += self._encode_ordinary(text[start : found.start()])
+                tokens.append(self.special[found[1]])
+                start = found.end()
+        return tokens + self._encode_ordinary(text[start:])
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, special={len(self.special)})"

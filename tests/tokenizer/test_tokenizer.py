@@ -1,6 +1,6 @@
 """The tokenizer: round trips, special tokens, files, training, and the published vocabulary."""
 
-import importlib.util
+import hashlib
 import json
 import pathlib
 
@@ -9,13 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama4_jax import tokenizer
-from llama4_jax.tokenizer import bpe, special
+from llama4_jax.tokenizer import bpe, slices, special
 
-TEXTS = [
-    "def add(left, right):\n    return left + right  # the sum\n" * 20,
-    "The quick brown fox isn't lazy; it's jumping over 12345 dogs. " * 20,
-    "Быстрая лиса прыгает через собаку. Älteres Gemüse, señor. 赤リンゴ りんご " * 20,
-]
+GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden_tokens.json").read_text())
+
 HARD = [
     "",
     " ",
@@ -28,11 +25,6 @@ HARD = [
     "مرحبا שלום สวัสดี 안녕하세요",
     "<|eot|><|begin_of_text|>",
 ]
-
-
-@pytest.fixture(scope="module")
-def tok(tmp_path_factory):
-    return tokenizer.train(TEXTS, 400, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
 @pytest.mark.parametrize("text", HARD)
@@ -79,35 +71,35 @@ def test_a_token_outside_the_vocabulary_is_refused_by_name(tok):
         tok.decode([1, 400])
 
 
-def test_training_twice_gives_the_same_file(tmp_path):
+def test_training_twice_gives_the_same_file(tmp_path, texts):
     first, second = tmp_path / "first.model", tmp_path / "second.model"
-    tokenizer.train(TEXTS, 350, first)
-    tokenizer.train(TEXTS, 350, second)
+    tokenizer.train(texts, 350, first)
+    tokenizer.train(texts, 350, second)
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_training_reuses_what_is_there_and_refuses_another_corpus(tmp_path):
+def test_training_reuses_what_is_there_and_refuses_another_corpus(tmp_path, texts):
     path = tmp_path / "tokenizer.model"
-    trained = tokenizer.train(TEXTS, 350, path)
+    trained = tokenizer.train(texts, 350, path)
     written = path.stat().st_mtime_ns
-    assert tokenizer.train(TEXTS, 350, path).encode(TEXTS[1]) == trained.encode(TEXTS[1])
+    assert tokenizer.train(texts, 350, path).encode(texts[1]) == trained.encode(texts[1])
     assert path.stat().st_mtime_ns == written
-    for texts, size in ((TEXTS[:1], 350), (TEXTS, 360)):
+    for others, size in ((texts[:1], 350), (texts, 360)):
         with pytest.raises(ValueError, match="other texts or to another size"):
-            tokenizer.train(texts, size, path)
+            tokenizer.train(others, size, path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tokenizer.model", "tokenizer.model.corpus"]
 
 
-def test_training_on_too_little_text_says_what_would_fit(tmp_path):
+def test_training_on_too_little_text_says_what_would_fit(tmp_path, texts):
     with pytest.raises(ValueError, match=r"yield 2\d\d tokens, wanted 987"):
         tokenizer.train(["ababab"], 1000, tmp_path / "tokenizer.model")
     with pytest.raises(ValueError, match="vocab_size >= 269"):
-        tokenizer.train(TEXTS, 200, tmp_path / "tokenizer.model")
+        tokenizer.train(texts, 200, tmp_path / "tokenizer.model")
     assert not list(tmp_path.iterdir())
 
 
-def test_merges_shorten_the_text_they_were_trained_on(tok):
-    assert len(tok.encode(TEXTS[1])) < 0.6 * len(TEXTS[1].encode())
+def test_merges_shorten_the_text_they_were_trained_on(tok, texts):
+    assert len(tok.encode(texts[1])) < 0.6 * len(texts[1].encode())
 
 
 @pytest.mark.parametrize(
@@ -125,28 +117,14 @@ def test_a_damaged_file_is_refused_with_the_reason(tmp_path, content, message):
         tokenizer.load(path)
 
 
-def _reference(root, name):
-    path = root.parent / "shared" / "reference" / name
-    if not path.exists():
-        pytest.skip(f"{name} is not beside this checkout")
-    return json.loads(path.read_text())
+def _digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_published_special_tokens_and_split_pattern_are_reproduced_by_rule(root):
-    published = _reference(root, "tokenizer_spec.json")
-    names = special.names(special.LLAMA4_BASE)
-    ids = {special.spelling(name): special.LLAMA4_BASE + place for place, name in enumerate(names)}
-    assert ids == published["special_tokens"]
-    assert published["pattern"] == bpe.SPLIT_PATTERN
-
-
-@pytest.fixture(scope="module")
-def llama4():
-    """The published vocabulary, from the wheel `llama-models` (pip install llama-models)."""
-    found = importlib.util.find_spec("llama_models")
-    if found is None:
-        pytest.skip("the wheel llama-models, which ships the published vocabulary, is not installed")
-    return tokenizer.load(pathlib.Path(found.origin).parent / "llama4" / "tokenizer.model")
+def test_published_special_tokens_and_split_pattern_are_reproduced_by_rule():
+    spellings = [special.spelling(name) for name in special.names(special.LLAMA4_BASE)]
+    assert _digest("\n".join(spellings)) == GOLDEN["special_sha256"]
+    assert _digest(bpe.SPLIT_PATTERN) == GOLDEN["pattern_sha256"]
 
 
 def test_published_vocabulary_has_its_special_ids(llama4):
@@ -154,12 +132,33 @@ def test_published_vocabulary_has_its_special_ids(llama4):
     assert llama4.stop == (200_001, 200_007, 200_008)
     named = [llama4.special[name] for name in ("begin_of_text", "image_start", "image_end", "image", "patch")]
     assert named == [200_000, 200_080, 200_081, 200_090, 200_092]
+    assert [llama4.special[f"reasoning_thinking_{side}"] for side in ("start", "end")] == [201_142, 201_143]
     assert llama4.pad == 200_018
 
 
-def test_published_vocabulary_tokenizes_as_its_authors_do(llama4, root):
-    golden = _reference(root, "golden_tokens.json")
-    for case in golden["cases"]:
-        assert llama4.encode(case["text"]) == case["llama4"], case["text"]
-        assert llama4.encode(case["text"], allow_special=True) == case["llama4_allow_special"], case["text"]
-        assert llama4.decode(case["llama4"]) == case["text"]
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["text"][:12].encode("unicode_escape").decode())
+def test_published_vocabulary_tokenizes_as_its_authors_do(llama4, case):
+    assert llama4.encode(case["text"]) == case["tokens"]
+    assert llama4.encode(case["text"], allow_special=True) == case.get("with_special", case["tokens"])
+    assert llama4.decode(case["tokens"]) == case["text"]
+
+
+def test_the_committed_goldens_are_the_shared_ones(root):
+    folder = root.parent / "shared" / "reference"
+    if not folder.exists():
+        pytest.skip("the reference goldens are not beside this checkout")
+    shared = json.loads((folder / "golden_tokens.json").read_text())["cases"]
+    assert [(case["text"], case["llama4"], case["llama4_allow_special"]) for case in shared] == [
+        (case["text"], case["tokens"], case.get("with_special", case["tokens"])) for case in GOLDEN["cases"]
+    ]
+    spec = json.loads((folder / "tokenizer_spec.json").read_text())
+    assert (
+        _digest("\n".join(sorted(spec["special_tokens"], key=spec["special_tokens"].get))) == GOLDEN["special_sha256"]
+    )
+    assert _digest(spec["pattern"]) == GOLDEN["pattern_sha256"]
+
+
+def test_a_long_text_of_the_published_vocabulary_has_the_ids_of_the_whole(llama4):
+    text = "\n".join(case["text"] for case in GOLDEN["cases"]) * 50
+    assert len(text) > 5 * slices.WINDOW
+    assert llama4.encode(text) == llama4._encoding.encode_ordinary(text)
