@@ -213,7 +213,7 @@ def _released_extras(text: TextConfig, vision: VisionConfig | None) -> dict[str,
     released = presets.scout()
     if text.vocab_size < released.text.vocab_size:
         raise ValueError(
-            f"params.json: vocab_size={text.vocab_size} is not that of Llama 4's tokenizer, {released.text.vocab_size}; "
+            f"params.json: vocab_size={text.vocab_size} is not Llama 4's {released.text.vocab_size}; "
             f"add a llama4_jax.json with {', '.join(EXTRAS)}"
         )
     extras = {name: getattr(released, name) for name in EXTRAS[:-1]}

@@ -6,6 +6,7 @@ Released files are made by `released_files`, without the tables under test.
 import dataclasses
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -20,6 +21,42 @@ from llama4_jax.core import names
 from llama4_jax.testing import tiny
 
 ENCODER = "vision_embeddings.vision_encoder."
+# Hugging Face's names to those of Meta's modules: the beginning, by the first pattern that fits, then every part.
+RENAMED = [
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"language_model\.model\.layers\.", "layers."),
+        (r"language_model\.(model\.)?", ""),
+        (r"vision_model\.model\.layers\.(\d+)\.self_attn", ENCODER + r"transformer.resblocks.\1.attn"),
+        (r"vision_model\.model\.layers\.(\d+)\.input_layernorm", ENCODER + r"transformer.resblocks.\1.ln_1"),
+        (r"vision_model\.model\.layers\.(\d+)\.post_attention_layernorm", ENCODER + r"transformer.resblocks.\1.ln_2"),
+        (r"vision_model\.model\.layers\.", ENCODER + "transformer.resblocks."),
+        (r"vision_model\.vision_adapter", "vision_embeddings.vision_adapter"),
+        (r"vision_model\.patch_embedding\.linear", ENCODER + "conv1._linear"),
+        (r"vision_model\.", ENCODER),
+        (r"multi_modal_projector\.linear_1", "vision_projection"),
+    )
+]
+PARTS = {
+    "embed_tokens": "tok_embeddings",
+    "lm_head": "output",
+    "self_attn": "attention",
+    "q_proj": "wq",
+    "k_proj": "wk",
+    "v_proj": "wv",
+    "o_proj": "wo",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "router.weight": "router_DE",
+    "gate_proj": "w1",
+    "experts.down_proj": "experts.w2",
+    "down_proj": "w2",
+    ".up_proj": ".w3",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "layernorm_pre": "ln_pre",
+    "layernorm_post": "ln_post",
+}
 
 
 def config():
@@ -77,21 +114,21 @@ def test_names_of_modules_round_trip_with_the_same_bits(dtype, model, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "meta" / name).read_bytes()
 
 
-def test_names_and_shapes_are_those_of_metas_modules(model):
-    named = checkpoint.to_tensors(model, layouts.META_MODULES)
-    hugging_face = checkpoint.to_tensors(model)
-    fused = hugging_face["language_model.model.layers.1.feed_forward.experts.gate_up_proj"]
-    np.testing.assert_array_equal(named["layers.1.feed_forward.experts.w1"], fused[..., :24])
-    np.testing.assert_array_equal(named["layers.1.feed_forward.experts.w3"], fused[..., 24:])
-    for name, other in (
-        ("layers.3.attention.wo.weight", "language_model.model.layers.3.self_attn.o_proj.weight"),
-        ("layers.0.feed_forward.w3.weight", "language_model.model.layers.0.feed_forward.up_proj.weight"),
-        (f"{ENCODER}transformer.resblocks.1.mlp.c_proj.weight", "vision_model.model.layers.1.mlp.fc2.weight"),
-        (f"{ENCODER}conv1._linear.weight", "vision_model.patch_embedding.linear.weight"),
-    ):
-        np.testing.assert_array_equal(named[name], hugging_face[other])
-    router = hugging_face["language_model.model.layers.1.feed_forward.router.weight"]
-    np.testing.assert_array_equal(named["layers.1.feed_forward.router_DE"], router.T)
+def test_each_tensor_of_metas_modules_is_that_of_hugging_face(model):
+    named, wanted = checkpoint.to_tensors(model, layouts.META_MODULES), {}
+    for key, tensor in checkpoint.to_tensors(model).items():
+        name = next(old.sub(new, key) for old, new in RENAMED if old.match(key))
+        for part, new in PARTS.items():
+            name = name.replace(part, new)
+        if name.endswith("gate_up_proj"):
+            wanted[name.replace("gate_up_proj", "w1")], wanted[name.replace("gate_up_proj", "w3")] = np.split(
+                tensor, 2, -1
+            )
+        else:
+            wanted[name] = tensor.T if name.endswith("router_DE") else tensor
+    assert named.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        np.testing.assert_array_equal(named[name], tensor, err_msg=name)
 
 
 @pytest.mark.parametrize(("make", "shards"), [(cut, 1), (cut, 2), (released, 1), (released, 2)])

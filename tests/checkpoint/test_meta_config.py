@@ -105,7 +105,7 @@ def test_what_is_missing_or_contradictory_is_named():
         meta_config.from_params({**SCOUT, "head_dim": 64})
     with pytest.raises(NotImplementedError, match="lora_args"):
         meta_config.from_params({**SCOUT, "lora_args": {"rank": 8, "scale": 2.0}})
-    with pytest.raises(ValueError, match="vocab_size=100 is not that of Llama 4's tokenizer"):
+    with pytest.raises(ValueError, match="vocab_size=100 is not Llama 4's 202048"):
         meta_config.from_params({**SCOUT, "vocab_size": 100})
     with pytest.raises(ValueError, match=r"unknown fields \['pad_token'\]"):
         meta_config.from_params(SCOUT, {"pad_token": 1})
