@@ -1,7 +1,7 @@
 """Tool calls as a Python list of calls with keyword arguments: `[weather(city="SF"), time(zone="PST")]`.
 
 Read through Python's own syntax tree, of which only literals are accepted, and never evaluated. Argument names that
-Python cannot spell (`from`, `my-key`) stand in `**{"from": "a"}`.
+Python cannot spell (`from`, `my-key`) are written in `**{"from": "a"}`; a plain `from="a"` is read as well.
 
 Source: the pythonic calls of the Llama 4 prompt format.
 """
@@ -12,11 +12,17 @@ import ast
 import dataclasses
 import json
 import keyword
+import re
 import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
 _WORDS = {"true": True, "false": False, "null": None}  # JSON's spellings, which models mix in
+
+_ESCAPE = "__as_name"  # behind a word that Python keeps for itself, while it is parsed as an argument's name
+_RESERVED_NAME = re.compile(  # or a text in quotes, closed or not, to be passed over
+    rf"""'(?:\\.|[^'\\])*'?|"(?:\\.|[^"\\])*"?|\b({"|".join(keyword.kwlist)})(?=\s*=[^=])""", re.DOTALL
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +39,7 @@ def read(text: str) -> tuple[ToolCall, ...]:
     Raises ValueError or SyntaxError for what is no such list, and RecursionError or MemoryError for one nested too
     deeply for Python's parser.
     """
-    tree = ast.parse(text, mode="eval").body
+    tree = _parsed(text)
     if not isinstance(tree, ast.List):
         raise ValueError("it is no list of calls")
     if not any(isinstance(element, ast.Call) for element in tree.elts):
@@ -49,6 +55,16 @@ def write(calls: Iterable[ToolCall]) -> str:
     return f"[{', '.join(_written(call) for call in calls)}]"
 
 
+def _parsed(text: str) -> ast.expr:
+    try:
+        return ast.parse(text, mode="eval").body
+    except SyntaxError:
+        escaped = _RESERVED_NAME.sub(lambda found: found[1] + _ESCAPE if found[1] else found[0], text)
+        if escaped == text:
+            raise
+        return ast.parse(escaped, mode="eval").body
+
+
 def _call(node: ast.expr) -> ToolCall:
     if not isinstance(node, ast.Call):
         raise ValueError(f"the list holds a {type(node).__name__} beside calls")
@@ -60,7 +76,7 @@ def _call(node: ast.expr) -> ToolCall:
         value = _value(argument.value)
         if argument.arg is None and not isinstance(value, dict):
             raise ValueError(f"{name} has ** before something that is no dict")
-        more = value if argument.arg is None else {argument.arg: value}
+        more = value if argument.arg is None else {argument.arg.removesuffix(_ESCAPE): value}
         twice = arguments.keys() & more.keys()
         if twice:
             raise ValueError(f"{name} has the argument {min(twice)!r} twice")
@@ -119,5 +135,6 @@ def _literal(value: Any) -> str:
 
 
 def _is_name(text: str) -> bool:
-    """Whether Python reads `text` as this very name: it normalises names, and keeps some for itself."""
-    return text.isidentifier() and not keyword.iskeyword(text) and unicodedata.normalize("NFKC", text) == text
+    """Whether `read` takes `text` for this very name: Python normalises names, and keeps some for itself."""
+    kept = keyword.iskeyword(text) or text.endswith(_ESCAPE)
+    return text.isidentifier() and not kept and unicodedata.normalize("NFKC", text) == text

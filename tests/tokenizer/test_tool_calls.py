@@ -18,7 +18,9 @@ values = st.recursive(
     max_leaves=8,
 )
 names = st.from_regex(r"[a-z_][A-Za-z0-9_]{0,9}(\.[a-z]{2,5}[0-9])?", fullmatch=True).map("tool_".__add__)
-argument_names = st.text() | st.sampled_from(["from", "class", "city", "my-key", "ﬁ", "__debug__", "self", "é"])
+argument_names = st.text() | st.sampled_from(
+    ["from", "class", "city", "my-key", "from__as_name", "ﬁ", "__debug__", "self", "é"]
+)
 calls = st.lists(
     st.builds(ToolCall, names, st.dictionaries(argument_names, values, max_size=4)), min_size=1, max_size=4
 )
@@ -73,6 +75,11 @@ def test_nested_values_unicode_and_mixed_spellings_are_read():
     text = "[book(où={'ville': 'Köln', 'étages': [1, -2.5, (True, None)]}, wait=false, **{'from': \"赤\"})]"
     (call,) = tool_calls.parse(text).calls
     assert call.arguments == {"où": {"ville": "Köln", "étages": [1, -2.5, [True, None]]}, "wait": False, "from": "赤"}
+
+
+def test_arguments_named_by_words_that_python_keeps_are_read():
+    (call,) = tool_calls.parse("[mail(from='class=a', class = \"it's in=b\", to='c', **{'from__as_name': 1})]").calls
+    assert call.arguments == {"from": "class=a", "class": "it's in=b", "to": "c", "from__as_name": 1}
 
 
 def test_text_between_python_tokens_beside_a_call_is_kept():
@@ -136,6 +143,7 @@ def test_a_damaged_call_stays_text_with_its_reason(text, reason):
         '{"name": "f", "parameters": {"a": ' + "9" * 100_000 + "}}",
         '{"name": "f", "parameters": ' + '{"a": ' * 100_000,
         "<function=f>" + "[" * 100_000,
+        "[f(from=1, a='" + '\\"' * 400_000,
         "[f(a='\x00')]",
         "[f(a='\ud800')]",
         "[" + "f(a=1), " * 200_000 + "]",
