@@ -1,13 +1,16 @@
 """Dialogues: the reference's tokens, loss masks, pictures, and the way back."""
 
 import base64
+import io
 import json
 import pathlib
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from llama4_jax.data import images
 from llama4_jax.tokenizer import chat
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden_chat.json").read_text())
@@ -125,6 +128,16 @@ def test_several_pictures_in_a_turn_keep_their_order_and_grids(tok):
         "right",
     ]
     assert not any(dialog.loss_mask)
+
+
+def test_an_encoded_picture_is_cut_by_the_tiler_that_is_passed(tok):
+    file = io.BytesIO()
+    Image.new("RGB", (512, 400)).save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+    dialog = chat.encode_dialog(tok, messages, tile=lambda picture: images.tile(images.read(picture)))
+    assert [tiles.shape for tiles in dialog.images] == [(5, 336, 336, 3)]
+    assert dialog.tokens.count(tok.special["patch"]) == 5 * 144
 
 
 special_text = st.sampled_from(
