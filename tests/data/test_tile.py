@@ -16,7 +16,7 @@ from PIL import Image
 
 from llama4_jax.data import images
 
-GOLDENS = pathlib.Path(__file__).parent.parent / "goldens" / "images" / "canvas.npz"
+GOLDENS = pathlib.Path(__file__).parent / "canvas.npz"
 PHOTOGRAPHS = pathlib.Path(importlib.util.find_spec("llama_models").origin).parent / "resources"
 
 
