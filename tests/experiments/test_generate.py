@@ -7,7 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from experiments import generate
+from experiments import speaking
 from llama4_jax import checkpoint, infer, tokenizer
 from llama4_jax.data.documents import PictureGrammar
 from llama4_jax.data.images import to_tile
@@ -30,7 +30,7 @@ def arguments(picture) -> list[str]:
 @pytest.fixture(scope="module")
 def wanted(toy_run, picture) -> dict:
     """What the script should say, by the library."""
-    model, tok = generate.load(toy_run.folder, "float32"), tokenizer.load(toy_run.folder / "tokenizer.model")
+    model, tok = speaking.load(toy_run.folder, "float32"), tokenizer.load(toy_run.folder / "tokenizer.model")
     prompt = PictureGrammar(tok, model.config.vision.tokens_per_tile).opening + tok.encode("English:")
     tile = to_tile(Image.open(picture), model.config.vision.image_size)[None]
     (tokens,) = infer.generate(model, [prompt], max_new_tokens=NEW, images=tile, stop=model.config.stop_tokens)
@@ -50,7 +50,7 @@ def test_a_run_of_ours_names_a_picture(toy_run, arguments, wanted, script, tmp_p
 
 def test_the_same_weights_in_hugging_face_layout_say_the_same(toy_run, arguments, wanted, script, tmp_path):
     folder = tmp_path / "hf"
-    checkpoint.save_hf(generate.load(toy_run.folder, "float32"), folder)
+    checkpoint.save_hf(speaking.load(toy_run.folder, "float32"), folder)
     shutil.copy(toy_run.folder / "tokenizer.model", folder / "tokenizer.model")
     process = script("generate", "--model", str(folder), *arguments)
     assert process.stdout == f"English:{wanted['text'].rstrip(chr(0xFFFD))}\n"
