@@ -1,7 +1,8 @@
 """Byte-level BPE over the o200k-type split, read from a tiktoken-format file.
 
 The file has one line a token: the token's bytes in base64, a space, its rank. Ranks run from 0 without gaps and
-are the ids of ordinary text; special tokens follow them (see `special`).
+are the ids of ordinary text; special tokens follow them (see `special`). A vocabulary that was expanded later (see
+`expand`) has its new tokens behind the special ones, so that no id changes: its ranks leave out the special ids.
 
 Source: tiktoken (the algorithm and the file format); the published Llama 4 tokenizer (the split pattern).
 """
@@ -13,6 +14,7 @@ import binascii
 import os
 import pathlib
 import re
+import types
 from collections.abc import Iterable, Mapping
 
 import tiktoken
@@ -40,15 +42,16 @@ _SPECIAL = re.compile(r"<\|(\w+)\|>")
 class Tokenizer:
     """Encodes text to ids and back.
 
-    Ids 0 .. base-1 are ordinary; `special[name]`, by bare name such as "eot", are base .. vocab_size-1.
+    Ids 0 .. base-1 are ordinary; `special[name]`, by bare name such as "eot", are the next ones; ordinary tokens that
+    were added later follow, to vocab_size-1. `ranks`: bytes of each ordinary token -> its id.
     Text never becomes a special id unless `allow_special` asks for it.
     """
 
     def __init__(self, ranks: Mapping[bytes, int]):
-        """`ranks`: bytes of a token -> rank, 0 .. len(ranks)-1, among them all 256 single bytes."""
-        self.special: dict[str, int] = {
-            name: len(ranks) + offset for offset, name in enumerate(special.names(len(ranks)))
-        }
+        """`ranks`: bytes of a token -> rank, without gaps but for the special ids, among them all 256 single bytes."""
+        base = _base(ranks)
+        self.ranks: Mapping[bytes, int] = types.MappingProxyType(dict(ranks))
+        self.special: dict[str, int] = {name: base + offset for offset, name in enumerate(special.names(base))}
         self._encoding = tiktoken.Encoding(
             name=f"llama4-{len(ranks)}",
             pat_str=SPLIT_PATTERN,
@@ -86,6 +89,14 @@ class Tokenizer:
             )
         return self._encoding.decode(tokens, errors="replace")
 
+    def pieces(self, text: str) -> list[bytes]:
+        """The bytes of each token of `text`, which joined are the text's."""
+        return self._encoding.decode_tokens_bytes(self.encode(text))
+
+    def parts(self, word: bytes) -> list[int]:
+        """Ids of `word` taken as one word: merged, never split, and in need of no valid UTF-8."""
+        return self._encoding._encode_single_piece(word)
+
     def _encode_ordinary(self, text: str) -> list[int]:
         if len(text) <= slices.WINDOW:
             return self._encoding.encode_ordinary(text)
@@ -110,10 +121,15 @@ class Tokenizer:
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer in a tiktoken-format file.
+    """The tokenizer in a tiktoken-format file, expanded or not.
 
     Raises ValueError, naming file and line, for anything but base64 bytes and gapless ranks.
     """
+    return Tokenizer(read(path))
+
+
+def read(path: str | os.PathLike) -> dict[bytes, int]:
+    """Bytes of each token in a tiktoken-format file -> rank; as strict as `load`."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(pathlib.Path(path).read_bytes().splitlines(), start=1):
         if not line:
@@ -127,7 +143,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
                 "is this a tiktoken-format file?"
             ) from error
     _check(ranks, path)
-    return Tokenizer(ranks)
+    return ranks
 
 
 def save(ranks: Mapping[bytes, int], path: str | os.PathLike) -> None:
@@ -142,10 +158,19 @@ def save(ranks: Mapping[bytes, int], path: str | os.PathLike) -> None:
     os.replace(temporary, path)
 
 
+def _base(ranks: Mapping[bytes, int]) -> int:
+    """How many ordinary tokens stand before the special ones: the ranks from 0 to the first gap."""
+    taken = set(ranks.values())
+    return next(rank for rank in range(len(ranks) + 1) if rank not in taken)
+
+
 def _check(ranks: Mapping[bytes, int], path) -> None:
-    if sorted(ranks.values()) != list(range(len(ranks))):
+    base = _base(ranks)
+    behind = base + len(special.names(base))
+    if sorted(ranks.values()) != [*range(base), *range(behind, behind + len(ranks) - base)]:
         raise ValueError(
-            f"{path}: ranks must run from 0 to {len(ranks) - 1}, each once and each for other bytes; "
+            f"{path}: ranks must run from 0 to {len(ranks) - 1}, each once and each for other bytes, or leave out "
+            f"the special ids behind the first {base}, {base} to {behind - 1}; "
             "the file is damaged or was cut: fetch or train it again"
         )
     absent = [byte for byte in range(256) if bytes([byte]) not in ranks]

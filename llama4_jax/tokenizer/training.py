@@ -44,14 +44,12 @@ def train(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> bpe
     return bpe.load(path)
 
 
-def _merge(texts: list[str], base: int) -> dict[bytes, int]:
-    """Bytes of each token -> rank, `base` of them: the 256 bytes, then merges from the most frequent on."""
-    if base < 256 or base == special.LLAMA4_BASE:
-        fewest = 256 + len(special.USED)
-        raise ValueError(
-            f"vocab_size={base + len(special.USED)} leaves {base} ordinary tokens; wanted vocab_size >= {fewest} "
-            f"and other than {special.LLAMA4_BASE + len(special.USED)}, which would pass for the published vocabulary"
-        )
+def merges(texts: Iterable[str], most: int, *, min_count: int = 0) -> dict[bytes, int]:
+    """Bytes of each token -> rank: the 256 bytes, then merges from the most frequent on, until there are `most` tokens.
+
+    There are fewer where `texts` hold no further pair that occurs `min_count` times. The first n of the result are what
+    `most=n` gives, so that one training serves every smaller size.
+    """
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -60,17 +58,33 @@ def _merge(texts: list[str], base: int) -> dict[bytes, int]:
         ]
     )
     model.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=base, initial_alphabet=alphabet, special_tokens=[], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=most,
+        min_frequency=min_count,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[],
+        show_progress=False,
+    )
     model.train_from_iterator(texts, trainer)
-    vocabulary = model.get_vocab()
-    if len(vocabulary) < base:
-        raise ValueError(
-            f"the texts yield {len(vocabulary)} tokens, wanted {base}; "
-            f"give more text or vocab_size <= {len(vocabulary) + len(special.USED)}"
-        )
     byte_of = _byte_alphabet()
-    return {bytes(byte_of[letter] for letter in token): rank for token, rank in vocabulary.items()}
+    return {bytes(byte_of[letter] for letter in token): rank for token, rank in model.get_vocab().items()}
+
+
+def _merge(texts: list[str], base: int) -> dict[bytes, int]:
+    """`base` tokens of `merges`, or ValueError."""
+    if base < 256 or base == special.LLAMA4_BASE:
+        fewest = 256 + len(special.USED)
+        raise ValueError(
+            f"vocab_size={base + len(special.USED)} leaves {base} ordinary tokens; wanted vocab_size >= {fewest} "
+            f"and other than {special.LLAMA4_BASE + len(special.USED)}, which would pass for the published vocabulary"
+        )
+    ranks = merges(texts, base)
+    if len(ranks) < base:
+        raise ValueError(
+            f"the texts yield {len(ranks)} tokens, wanted {base}; "
+            f"give more text or vocab_size <= {len(ranks) + len(special.USED)}"
+        )
+    return ranks
 
 
 def _byte_alphabet() -> dict[str, int]:
