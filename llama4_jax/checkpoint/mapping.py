@@ -24,6 +24,7 @@ from einops import rearrange
 from llama4_jax.config import FeedForward, Llama4Config, layer_kinds
 
 Shape = tuple[int, ...]
+Box = tuple[slice, ...]  # a part of a parameter: start and stop on each of its axes
 ALL = slice(None)
 
 
@@ -75,15 +76,43 @@ class Entry:
 
     def fill(self, leaf: np.ndarray, tensor: np.ndarray, shard: int = 0, shards: int = 1) -> None:
         """Puts `tensor`, shard `shard` of `shards`, where it belongs in the whole parameter `leaf`."""
-        sizes = self._sizes(leaf.shape, shards)
-        own = slice(shard * sizes.get(self.split, 0), (shard + 1) * sizes.get(self.split, 0))
-        window = tuple(own if name == self.split else ALL for name in sizes)
-        leaf[self.index][window] = rearrange(tensor, self.pattern, **sizes)
+        leaf[self.covered(leaf.shape, shard, shards)] = self.to_leaf(tensor, leaf.shape, shards)
 
     def to_file(self, leaf: np.ndarray) -> np.ndarray:
         """The tensor as the file stores it, out of the whole parameter."""
+        return self.block_to_file(leaf[self.covered(leaf.shape)])
+
+    def covered(self, leaf: Shape, shard: int = 0, shards: int = 1) -> Box:
+        """The box of a parameter of shape `leaf` that the tensor, shard `shard` of `shards`, fills."""
+        box = [slice(part, part + 1) if part != ALL else ALL for part in self._index(leaf)]
+        for axis, (name, size) in zip(self._axes(leaf), self._sizes(leaf, shards).items()):
+            start = shard * size if name == self.split else 0
+            box[axis] = slice(start, start + size)
+        return tuple(box)
+
+    def lead(self, leaf: Shape, shards: int = 1) -> tuple[int, int]:
+        """How the tensor's rows run through the parameter: along which of its axes, and how many rows a step takes."""
+        first, *inner = re.search(r"\((.*?)\)|\w+", self.pattern).group().strip("()").split()
+        sizes = self._sizes(leaf, shards)
+        axis = self._axes(leaf)[list(sizes).index(first)]
+        return axis, math.prod(sizes[name] for name in inner)
+
+    def to_leaf(self, rows: np.ndarray, leaf: Shape, shards: int = 1) -> np.ndarray:
+        """Some rows of the tensor in one of `shards` files, a whole number of steps, as a box of the parameter.
+
+        `leaf` is the shape of the whole parameter. An axis at which the entry holds one index has size 1.
+        """
+        axis, step = self.lead(leaf, shards)
+        sizes = self._sizes(leaf, shards)
+        sizes[list(sizes)[self._axes(leaf).index(axis)]] = len(rows) // step
+        block = rearrange(rows, self.pattern, **sizes)
+        return np.expand_dims(block, tuple(i for i, part in enumerate(self._index(leaf)) if part != ALL))
+
+    def block_to_file(self, block: np.ndarray) -> np.ndarray:
+        """The rows of the tensor that a box of the parameter makes, where the box is whole but along the tensor's lead."""
         file_side, leaf_side = self.pattern.split(" -> ")
-        return np.ascontiguousarray(rearrange(leaf[self.index], f"{leaf_side} -> {file_side}"))
+        kept = block[tuple(ALL if part == ALL else 0 for part in self._index(block.shape))]
+        return np.ascontiguousarray(rearrange(kept, f"{leaf_side} -> {file_side}"))
 
     def file_shape(self, leaf: Shape, shards: int = 1) -> Shape:
         """The shape of the tensor in one of `shards` files, given the shape of the parameter.
@@ -94,10 +123,16 @@ class Entry:
         groups = re.findall(r"\(.*?\)|\w+", self.pattern.split(" -> ")[0])
         return tuple(math.prod(sizes[name] for name in group.strip("()").split()) for group in groups)
 
+    def _index(self, leaf: Shape) -> tuple:
+        return self.index + (ALL,) * (len(leaf) - len(self.index))
+
+    def _axes(self, leaf: Shape) -> list[int]:
+        """The axes of the parameter that the letters of the pattern's right side name, in that order."""
+        return [axis for axis, part in enumerate(self._index(leaf)) if part == ALL]
+
     def _sizes(self, leaf: Shape, shards: int) -> dict[str, int]:
         """The letters of the parameter's side, in its order, with their sizes in one shard."""
-        index = self.index + (ALL,) * (len(leaf) - len(self.index))
-        kept = [size for size, part in zip(leaf, index) if part == ALL]
+        kept = [leaf[axis] for axis in self._axes(leaf)]
         sizes = dict(zip(self.pattern.split(" -> ")[1].split(), kept, strict=True))
         if self.split:
             if sizes[self.split] % shards:
