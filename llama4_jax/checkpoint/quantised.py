@@ -58,15 +58,17 @@ class Dequantised:
         self.shapes = {key: stored.shapes[key] for key in names}
         self.dtypes = {key: stored.dtypes[key + SCALE if key in quantised else key] for key in names}
 
-    def read(self, key: str) -> np.ndarray:
-        """One tensor, dequantised if it is stored in FP8."""
-        tensor = self._stored.read(key)
+    def read(self, key: str, rows: slice = slice(None)) -> np.ndarray:
+        """One tensor, or some rows of its first axis, dequantised if it is stored in FP8."""
+        tensor = self._stored.read(key, rows)
         if tensor.dtype != FP8:
             return tensor
         scale = self._stored.read(key + SCALE)
         if not np.all(np.isfinite(scale.astype(np.float32)) & (scale.astype(np.float32) > 0)):
             raise ValueError(f"{key + SCALE}: scales must be positive and finite; the file is damaged, get it again")
-        return (tensor.astype(np.float32) * scale.astype(np.float32).reshape(-1, 1)).astype(self.dtypes[key])
+        column = scale.astype(np.float32).reshape(-1, 1)
+        own = column[rows] if len(column) > 1 else column  # a scale for each row, or one for all
+        return (tensor.astype(np.float32) * own).astype(self.dtypes[key])
 
 
 def _problems(stored: Reader, quantised: set[str]) -> list[str]:

@@ -12,7 +12,8 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -38,61 +39,72 @@ class Reader:
     where files are missing, ValueError where index and files disagree or where a dtype is not a float this reads.
     """
 
-    def __init__(self, folder: pathlib.Path, listing: Mapping[str, set[str] | None], files: contextlib.ExitStack):
+    def __init__(self, folder: pathlib.Path, listing: Mapping[str, set[str] | None]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
-        self._files = {}
+        self._places: dict[str, tuple[pathlib.Path, int]] = {}
         for name, expected in listing.items():
             if not (folder / name).is_file():
                 raise FileNotFoundError(
                     f"{folder / name} is missing; the index of {folder} lists it. Download it again."
                 )
-            file = files.enter_context(safe_open(folder / name, framework="numpy"))
-            keys = set(file.keys())
-            if expected is not None and keys != expected:
+            start, header = _read_header(folder / name)
+            if expected is not None and header.keys() != expected:
                 raise ValueError(
-                    f"{folder / INDEX} and {name} disagree: only in the index {sorted(expected - keys)}, "
-                    f"only in the file {sorted(keys - expected)}. Download both again."
+                    f"{folder / INDEX} and {name} disagree: only in the index {sorted(expected - header.keys())}, "
+                    f"only in the file {sorted(header.keys() - expected)}. Download both again."
                 )
-            for key in keys:
-                self._add(key, file, folder / name)
+            for key, entry in header.items():
+                self._add(key, entry, start, folder / name)
 
-    def _add(self, key: str, file, path: pathlib.Path) -> None:
-        view = file.get_slice(key)
-        if view.get_dtype() not in DTYPES:
+    def _add(self, key: str, entry: Mapping[str, Any], start: int, path: pathlib.Path) -> None:
+        if entry["dtype"] not in DTYPES:
             raise NotImplementedError(
-                f"{path.name}: {key} has dtype {view.get_dtype()}; this reads {', '.join(DTYPES)}. "
+                f"{path.name}: {key} has dtype {entry['dtype']}; this reads {', '.join(DTYPES)}. "
                 "Dequantise the checkpoint to bfloat16 first."
             )
-        self.shapes[key] = tuple(view.get_shape())
-        self.dtypes[key] = DTYPES[view.get_dtype()]
-        self._files[key] = file, path
+        self.shapes[key] = tuple(entry["shape"])
+        self.dtypes[key] = DTYPES[entry["dtype"]]
+        self._places[key] = path, start + entry["data_offsets"][0]
 
-    def read(self, key: str) -> np.ndarray:
-        """One tensor, in the dtype in which it is stored."""
-        file, path = self._files[key]
-        if self.dtypes[key] != DTYPES["F8_E4M3"]:
-            return file.get_tensor(key)
-        # The library looks FP8 up in numpy, which has no such type.
-        with open(path, "rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-            begin, end = json.loads(raw.read(length))[key]["data_offsets"]
-            raw.seek(8 + length + begin)
-            return np.frombuffer(raw.read(end - begin), self.dtypes[key]).reshape(self.shapes[key])
+    def read(self, key: str, rows: slice = slice(None)) -> np.ndarray:
+        """One tensor, or some rows of its first axis, in the dtype in which it is stored.
+
+        Read and not mapped: pages of a mapped file count as the process's own memory.
+        """
+        path, begin = self._places[key]
+        return read_rows(path, begin, self.shapes[key], self.dtypes[key], rows)
 
 
-@contextlib.contextmanager
-def open_folder(folder: pathlib.Path) -> Iterator[Reader]:
-    """A `Reader` of `folder` whose files are closed at the end."""
-    with contextlib.ExitStack() as files:
-        yield Reader(folder, _listing(folder), files)
+def read_rows(path: pathlib.Path, begin: int, shape: tuple[int, ...], dtype: np.dtype, rows: slice) -> np.ndarray:
+    """Some rows of the tensor that lies in `path` from byte `begin`."""
+    if not shape:
+        return np.fromfile(path, np.uint8, dtype.itemsize, offset=begin).view(dtype).reshape(shape)
+    start, stop, _ = rows.indices(shape[0])
+    width = math.prod(shape[1:]) * dtype.itemsize
+    flat = np.fromfile(path, np.uint8, (stop - start) * width, offset=begin + start * width)
+    return flat.view(dtype).reshape(stop - start, *shape[1:])
 
 
-@contextlib.contextmanager
-def open_file(path: pathlib.Path) -> Iterator[Reader]:
-    """A `Reader` of one safetensors file, which is closed at the end."""
-    with contextlib.ExitStack() as files:
-        yield Reader(path.parent, {path.name: None}, files)
+def _read_header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file start, and what its header says of each tensor."""
+    with safe_open(path, framework="numpy"):  # the library checks that header and file agree
+        pass
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return 8 + length, header
+
+
+def open_folder(folder: pathlib.Path) -> contextlib.AbstractContextManager[Reader]:
+    """A `Reader` of `folder`."""
+    return contextlib.nullcontext(Reader(folder, _listing(folder)))
+
+
+def open_file(path: pathlib.Path) -> contextlib.AbstractContextManager[Reader]:
+    """A `Reader` of one safetensors file."""
+    return contextlib.nullcontext(Reader(path.parent, {path.name: None}))
 
 
 def _listing(folder: pathlib.Path) -> dict[str, set[str] | None]:
@@ -118,18 +130,25 @@ def write_folder(
 
     One file where all fit in `max_shard_bytes`, else shards with an index; a tensor above the limit gets its own shard.
     """
-    sizes = {key: _bytes(spec) for key, spec in specs.items()}
-    shards = _shards(sizes, max_shard_bytes)
-    names = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
-    for name, keys in zip(names, shards):
+    files = plan_folder(specs, max_shard_bytes)
+    for name, keys in files.items():
         write_file(folder / name, {key: specs[key] for key in keys}, produce)
-    if len(shards) > 1:
-        weight_map = {key: name for name, keys in zip(names, shards) for key in keys}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    write_index(folder, specs, files)
+
+
+def plan_folder(specs: Mapping[str, Spec], max_shard_bytes: int) -> dict[str, list[str]]:
+    """File name -> the tensors in it."""
+    shards = _shards({key: spec_bytes(spec) for key, spec in specs.items()}, max_shard_bytes)
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": keys for i, keys in enumerate(shards)}
+
+
+def write_index(folder: pathlib.Path, specs: Mapping[str, Spec], files: Mapping[str, Sequence[str]]) -> None:
+    """Writes which of `files` has which tensor; a single file needs no index."""
+    if len(files) > 1:
+        weight_map = {key: name for name, keys in files.items() for key in keys}
+        index = {"metadata": {"total_size": sum(map(spec_bytes, specs.values()))}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
@@ -138,31 +157,41 @@ def write_file(path: pathlib.Path, specs: Mapping[str, Spec], produce: Callable[
 
     Raises ValueError where `produce(name)` is not what `specs` promises, after part of the file is written.
     """
-    # Wide numbers first, so that every tensor starts at a multiple of its item size.
-    order = sorted(specs, key=lambda key: -specs[key][1].itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for key in order:
-        shape, dtype = specs[key]
-        if dtype not in CODES:
-            raise NotImplementedError(
-                f"{key} is {dtype}; wanted {', '.join(map(str, CODES))}. Dequantise the model first."
-            )
-        end = position + _bytes(specs[key])
-        header[key] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    head, places = header(specs)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key in order:
+        file.write(head)
+        for key in places:
             tensor = np.ascontiguousarray(produce(key))
             if (tensor.shape, tensor.dtype) != specs[key]:
                 raise ValueError(f"{key}: wanted {specs[key]}, got {(tensor.shape, tensor.dtype)}")
             file.write(tensor.reshape(-1).view(np.uint8).data)
 
 
-def _bytes(spec: Spec) -> int:
+def header(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int]]:
+    """How a safetensors file of these tensors begins, and at which byte of it each tensor does, in that order.
+
+    Raises NotImplementedError for a dtype that is not written.
+    """
+    # Wide numbers first, so that every tensor starts at a multiple of its item size.
+    order = sorted(specs, key=lambda key: -specs[key][1].itemsize)
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins, position = {}, 0
+    for key in order:
+        shape, dtype = specs[key]
+        if dtype not in CODES:
+            raise NotImplementedError(
+                f"{key} is {dtype}; wanted {', '.join(map(str, CODES))}. Dequantise the model first."
+            )
+        begins[key], position = position, position + spec_bytes(specs[key])
+        entries[key] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begins[key], position]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {key: start + begin for key, begin in begins.items()}
+
+
+def spec_bytes(spec: Spec) -> int:
+    """The size of a tensor."""
     return math.prod(spec[0]) * spec[1].itemsize
 
 

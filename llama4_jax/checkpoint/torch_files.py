@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import pathlib
 import pickle
 import zipfile
@@ -21,6 +22,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from llama4_jax.checkpoint import tensors
 
 STORAGES = {
     "FloatStorage": np.dtype(np.float32),
@@ -63,6 +66,7 @@ class Reader:
 
     def __init__(self, path: pathlib.Path, archive: zipfile.ZipFile):
         self._path, self._archive = path, archive
+        self._verified: set[str] = set()
         (self._root,) = {name.split("/")[0] for name in archive.namelist()} or {""}
         if self._member("byteorder", b"little") != b"little":
             raise ValueError(f"{path}: numbers are big-endian; save it again on a common machine")
@@ -70,21 +74,52 @@ class Reader:
         if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
             raise ValueError(f"{path} holds a {type(found).__name__}; wanted a dict from names to tensors")
         self._stored: dict[str, Any] = dict(found)
-        tensors = {key: value for key, value in found.items() if isinstance(value, Stored)}
-        self.shapes = {key: tensors[key].shape if key in tensors else () for key in found}
-        self.dtypes = {key: tensors[key].dtype if key in tensors else np.dtype(object) for key in found}
+        known = {key: value for key, value in found.items() if isinstance(value, Stored)}
+        self.shapes = {key: known[key].shape if key in known else () for key in found}
+        self.dtypes = {key: known[key].dtype if key in known else np.dtype(object) for key in found}
 
-    def read(self, key: str) -> np.ndarray:
-        """One tensor, in the dtype in which it is stored; the archive's checksum is verified."""
+    def read(self, key: str, rows: slice = slice(None)) -> np.ndarray:
+        """One tensor, or some rows of its first axis, in the dtype in which it is stored.
+
+        The archive's checksum of the storage is verified: by each reading of a whole tensor, by the first of rows.
+        """
         tensor = self._stored[key]
         if not isinstance(tensor, Stored):
             raise ValueError(f"{self._path}: {key} is no tensor of {', '.join(STORAGES)}")
+        place = self._place(tensor) if rows != slice(None) else None
+        if place is not None:
+            return tensors.read_rows(self._path, place, tensor.shape, tensor.dtype, rows)
         flat = np.frombuffer(self._member(f"data/{tensor.member}"), tensor.dtype)
         last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides))
         if min(tensor.shape, default=1) > 0 and not (min((tensor.offset, *tensor.strides)) >= 0 and last < flat.size):
             raise ValueError(f"{self._path}: {key} reaches beyond its storage; the file is damaged, get it again")
         strides = [stride * tensor.dtype.itemsize for stride in tensor.strides]
-        return np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides, writeable=False)
+        whole = np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides, writeable=False)
+        return whole[rows] if tensor.shape else whole
+
+    def _place(self, tensor: Stored) -> int | None:
+        """The byte of the file at which a tensor starts that lies there row by row as it is; else None."""
+        member = self._archive.getinfo(f"{self._root}/data/{tensor.member}")
+        dense = tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape)))
+        end = (tensor.offset + math.prod(tensor.shape)) * tensor.dtype.itemsize
+        if member.compress_type != zipfile.ZIP_STORED or tensor.strides != dense or end > member.file_size:
+            return None
+        if member.filename not in self._verified:
+            self._verify(member)
+        with open(self._path, "rb") as file:
+            file.seek(member.header_offset + 26)  # of the member's own header: the lengths of its name and extras
+            name, extra = int.from_bytes(file.read(2), "little"), int.from_bytes(file.read(2), "little")
+        return member.header_offset + 30 + name + extra + tensor.offset * tensor.dtype.itemsize
+
+    def _verify(self, member: zipfile.ZipInfo) -> None:
+        """Reads a member once, which compares its checksum, a little at a time."""
+        try:
+            with self._archive.open(member) as content:
+                while content.read(1 << 24):
+                    pass
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{self._path}: {member.filename}: {error}; the file is damaged, get it again") from error
+        self._verified.add(member.filename)
 
     def _member(self, name: str, default: bytes | None = None) -> bytes:
         full = f"{self._root}/{name}"
