@@ -25,7 +25,7 @@ class Role(enum.Enum):
     """How the optimiser treats a parameter."""
 
     MATRIX = "matrix"  # projections: decayed; by Muon if chosen
-    EDGE = "edge"  # projections at the model's edges and the router: decayed, never by Muon
+    EDGE = "edge"  # projections at the model's edges, the router, factors of adapters: decayed, never by Muon
     EMBEDDING = "embedding"  # rows looked up: decay would shrink the rows that are rarely seen
     VECTOR = "vector"  # scales and biases
     FROZEN = "frozen"  # moved by something other than gradients
@@ -35,6 +35,8 @@ _ROLES = {
     "kernel": Role.MATRIX,
     "gate_up": Role.MATRIX,
     "down": Role.MATRIX,
+    "lora_a": Role.EDGE,
+    "lora_b": Role.EDGE,
     "table": Role.EMBEDDING,
     "class_embedding": Role.EMBEDDING,
     "position_embedding": Role.EMBEDDING,
