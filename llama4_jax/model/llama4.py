@@ -140,6 +140,10 @@ class Llama4(nnx.Module):
         for i, block in enumerate(self.decoder.layers()):
             for path, leaf in jax.tree.leaves_with_path(block):
                 leaves[f".decoder.tail[{i}]" + _path(path)] = leaf
+        known = {_path(path) for path, _ in jax.tree.leaves_with_path(plain)}
+        extra = [path for path in leaves if path not in known and not path.startswith(".decoder.period")]
+        if extra:
+            raise ValueError(f"an unrolled model has no place for {extra[0]}; merge adapters first (model.lora.merge)")
         return jax.tree.map_with_path(lambda path, _: leaves[_path(path)], plain)
 
     def _fuse(self, x: jax.Array, tokens: jax.Array, images: jax.Array) -> jax.Array:
