@@ -84,7 +84,7 @@ class Entry:
 
     def covered(self, leaf: Shape, shard: int = 0, shards: int = 1) -> Box:
         """The box of a parameter of shape `leaf` that the tensor, shard `shard` of `shards`, fills."""
-        box = [slice(part, part + 1) if part != ALL else ALL for part in self._index(leaf)]
+        box = [ALL if part == ALL else slice(part, part + 1) for part in self._index(leaf)]
         for axis, (name, size) in zip(self._axes(leaf), self._sizes(leaf, shards).items()):
             start = shard * size if name == self.split else 0
             box[axis] = slice(start, start + size)
@@ -179,6 +179,39 @@ def entries(
             prefix = layout.vision_block_prefix.format(layer=layer)
             found += write_out(layout.vision_block, prefix, "vision.blocks.", (layer,))
     return found
+
+
+def unstacked(config: Llama4Config, paths: Collection[str]) -> dict[str, tuple[str, tuple]]:
+    """Each parameter of a model layer by layer -> the path in `paths`, of a stacked model or not, and index of it there.
+
+    A model that holds its decoder layer by layer is its own answer.
+    """
+    stacked = any(path.startswith("decoder.period.") for path in paths)
+    found = {path: (path, ()) for path in paths if not path.startswith(("decoder.period.", "decoder.tail."))}
+    for layer in range(config.text.num_layers):
+        (alone, _), (home, index) = (_place(config, layer, how) for how in (False, stacked))
+        for path in paths:
+            if path.startswith(home):
+                found[alone + path.removeprefix(home)] = (path, index)
+    return found
+
+
+def identity(shapes: Mapping[str, Shape]) -> list[Entry]:
+    """The table of a checkpoint that has each parameter under its own name and in its own shape."""
+    letters = "abcdefgh"
+    patterns = {path: " ".join(letters[: len(shape)]) for path, shape in shapes.items()}
+    return [Entry(path, path, (), f"{pattern} -> {pattern}") for path, pattern in patterns.items()]
+
+
+def intersection(one: Box, other: Box) -> Box | None:
+    """What two boxes share; None if that is nothing."""
+    shared = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
+    return shared if all(part.start < part.stop for part in shared) else None
+
+
+def within(box: Box, frame: Box) -> Box:
+    """`box` as an index into an array that holds `frame`."""
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(box, frame, strict=True))
 
 
 def by_key(table: Iterable[Entry]) -> dict[str, list[Entry]]:
