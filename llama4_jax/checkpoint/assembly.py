@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from llama4_jax.checkpoint import mapping, tensors
 from llama4_jax.config import Llama4Config
+from llama4_jax.core import names, partitioning
+from llama4_jax.core.partitioning import Placement
 from llama4_jax.model import Llama4
 
 logger = logging.getLogger(__name__)
@@ -30,7 +33,7 @@ class Reader(Protocol):
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, np.dtype]
 
-    def read(self, key: str) -> np.ndarray: ...
+    def read(self, key: str, rows: slice = mapping.ALL) -> np.ndarray: ...  # rows: of the first axis
 
 
 class InMemory:
@@ -39,7 +42,10 @@ class InMemory:
     def __init__(self, named: Mapping[str, np.ndarray]):
         self.shapes = {key: tensor.shape for key, tensor in named.items()}
         self.dtypes = {key: tensor.dtype for key, tensor in named.items()}
-        self.read: Callable[[str], np.ndarray] = named.__getitem__
+        self._named = named
+
+    def read(self, key: str, rows: slice = mapping.ALL) -> np.ndarray:
+        return self._named[key][rows] if self.shapes[key] else self._named[key]
 
 
 def assemble(
@@ -50,22 +56,30 @@ def assemble(
     dtype: str | None,
     scan: bool,
     source: str,
+    mesh: Mesh | None = None,
+    placement: Placement = partitioning.TRAIN,
 ) -> Llama4:
     """The model of `config` whose weights `readers` (label -> reader, in the order of the shards) hold in `layout`.
 
-    Weights are converted to `dtype` (None: kept as stored), one parameter at a time. Raises ValueError listing all that
-    `source` lacks, has too much or has in another shape, and for an unknown `dtype`.
+    Weights are converted to `dtype` (None: kept as stored), one parameter at a time, each straight into the shards
+    that `placement` gives it on `mesh`, if there is one. Raises ValueError listing all that `source` lacks, has too
+    much or has in another shape, and for an unknown `dtype`.
     """
     if dtype is not None and str(dtype) not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; wanted one of {', '.join(DTYPES)}, or None to keep what is stored")
-    graph, state = nnx.split(jax.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0), scan=scan)))
+    abstract = jax.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0), scan=scan))
+    graph, state = nnx.split(abstract)
+    places = names.split(partitioning.shardings(abstract, placement, mesh))[1] if mesh else {}
     shapes = {_dotted(path): parameter.shape for path, parameter in nnx.to_flat_state(state)}
     stored = {label: {key: r.shapes[key] for key in layout.kept(r.shapes)} for label, r in readers.items()}
-    names = set().union(*stored.values())
-    table = mapping.entries(config, layout, stacked=scan, names=names, text_prefix=_text_prefix(config, layout, names))
+    keys = set().union(*stored.values())
+    table = mapping.entries(config, layout, stacked=scan, names=keys, text_prefix=_text_prefix(config, layout, keys))
     mapping.account(table, stored, shapes, source)
     filler = _Filler(mapping.by_key(table), shapes, list(readers.values()), dtype)
-    filled = [(path, parameter.replace(filler.fill(_dotted(path)))) for path, parameter in nnx.to_flat_state(state)]
+    filled = []
+    for path, parameter in nnx.to_flat_state(state):
+        name = _dotted(path)
+        filled.append((path, parameter.replace(jax.device_put(filler.fill(name), places.get(name)))))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
@@ -122,7 +136,7 @@ class _Filler:
             for entry in entries:
                 self._sources.setdefault(entry.path, []).append(entry)
 
-    def fill(self, path: str) -> jax.Array:
+    def fill(self, path: str) -> np.ndarray:
         """The parameter `path`."""
         sources = self._sources[path]
         leaf = np.empty(self._shapes[path], jnp.dtype(self._dtype) if self._dtype else self._stored_dtype(sources))
@@ -131,7 +145,7 @@ class _Filler:
                 entry.fill(leaf, self._read(entry, shard), shard, len(self._readers))
             if not entry.split:
                 self._check_replicas(entry)
-        return jnp.asarray(leaf)
+        return leaf
 
     def _read(self, entry: mapping.Entry, shard: int) -> np.ndarray:
         rows = mapping.rows(self._parts[entry.key], entry, self._shapes, len(self._readers))
@@ -140,8 +154,8 @@ class _Filler:
     def _stored_dtype(self, sources: list[mapping.Entry]) -> np.dtype:
         stored = {reader.dtypes[entry.key] for entry in sources for reader in self._readers}
         if len(stored) > 1:
-            names = [f"{entry.key}: {reader.dtypes[entry.key]}" for entry in sources for reader in self._readers]
-            raise ValueError(f"dtype=None, but one parameter is stored in several dtypes ({names}); name a dtype")
+            found = [f"{entry.key}: {reader.dtypes[entry.key]}" for entry in sources for reader in self._readers]
+            raise ValueError(f"dtype=None, but one parameter is stored in several dtypes ({found}); name a dtype")
         return stored.pop()
 
     def _check_replicas(self, entry: mapping.Entry) -> None:

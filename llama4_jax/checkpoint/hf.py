@@ -14,32 +14,48 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from llama4_jax.checkpoint import assembly, hf_config, layouts, mapping, quantised, tensors
 from llama4_jax.config import Llama4Config
+from llama4_jax.core import partitioning
+from llama4_jax.core.partitioning import Placement
 from llama4_jax.model import Llama4
 
 SHARD_BYTES = 5_000_000_000
 
 
-def load_hf(folder, dtype: str | None = "float32", mesh=None, *, scan: bool = True) -> Llama4:
+def load_hf(
+    folder,
+    dtype: str | None = "float32",
+    mesh: Mesh | None = None,
+    *,
+    placement: Placement = partitioning.TRAIN,
+    scan: bool = True,
+) -> Llama4:
     """The model in `folder`, with weights converted to `dtype` ("float32", "bfloat16", "float16"; None: as stored).
 
     Whether experts are fused is seen from the names of the tensors. FP8 weights are multiplied by their scales; None
     then means the scales' dtype. Weights are read one parameter at a time: the peak is the model plus its largest
-    parameter. `scan` as in `Llama4`.
+    parameter. With a `mesh` each goes straight into the shards that `placement` gives it, and this process holds one
+    parameter whole at a time. `scan` as in `Llama4`.
     Raises FileNotFoundError for missing files, ValueError for a configuration or weights that lack, exceed or misshape
     anything (all of it in one message), NotImplementedError for what the model cannot express.
     """
-    if mesh is not None:
-        raise NotImplementedError(f"load_hf(mesh={mesh!r}): loading onto a mesh is not supported; pass None")
     folder = pathlib.Path(folder)
     config = read_config(folder)
     with tensors.open_folder(folder) as stored:
         reader = quantised.Dequantised(stored)
         layout = layouts.hf_layout(reader.shapes)
         return assembly.assemble(
-            config, layout, {folder.name: reader}, dtype=dtype, scan=scan, source=f"checkpoint {folder}"
+            config,
+            layout,
+            {folder.name: reader},
+            dtype=dtype,
+            scan=scan,
+            source=f"checkpoint {folder}",
+            mesh=mesh,
+            placement=placement,
         )
 
 

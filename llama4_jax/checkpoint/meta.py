@@ -12,8 +12,12 @@ import json
 import pathlib
 from collections.abc import Iterable
 
+from jax.sharding import Mesh
+
 from llama4_jax.checkpoint import assembly, layouts, meta_config, tensors, torch_files
 from llama4_jax.config import Llama4Config
+from llama4_jax.core import partitioning
+from llama4_jax.core.partitioning import Placement
 from llama4_jax.model import Llama4
 
 PARAMS = "params.json"
@@ -23,17 +27,22 @@ OPENERS = {".pth": torch_files.open_file, ".safetensors": tensors.open_file}
 OLD_POSITIONS = "vision_embeddings.vision_encoder.positional_embedding"
 
 
-def load_meta(folder, dtype: str | None = "float32", mesh=None, *, scan: bool = True) -> Llama4:
+def load_meta(
+    folder,
+    dtype: str | None = "float32",
+    mesh: Mesh | None = None,
+    *,
+    placement: Placement = partitioning.TRAIN,
+    scan: bool = True,
+) -> Llama4:
     """The model in `folder`, with weights converted to `dtype` ("float32", "bfloat16", "float16"; None: as stored).
 
     Names of modules and of released files are both understood. Weights are read one parameter at a time: the peak is
-    the model plus its largest parameter. `scan` as in `Llama4`. States of the training framework are dropped; tensors
+    the model plus its largest parameter. `mesh` and `placement` as in `load_hf`, `scan` as in `Llama4`. States of the training framework are dropped; tensors
     that every shard holds whole are taken from the first, with a warning if another differs.
     Raises FileNotFoundError for missing files, ValueError for a configuration or weights that lack, exceed or misshape
     anything (all of it in one message), NotImplementedError for what the model cannot express.
     """
-    if mesh is not None:
-        raise NotImplementedError(f"load_meta(mesh={mesh!r}): loading onto a mesh is not supported; pass None")
     folder = pathlib.Path(folder)
     config = read_params(folder)
     with contextlib.ExitStack() as files:
@@ -41,7 +50,14 @@ def load_meta(folder, dtype: str | None = "float32", mesh=None, *, scan: bool = 
         names = set().union(*(reader.shapes for reader in readers.values()))
         _refuse_old_positions(names, folder)
         return assembly.assemble(
-            config, layouts.meta_layout(names), readers, dtype=dtype, scan=scan, source=f"checkpoint {folder}"
+            config,
+            layouts.meta_layout(names),
+            readers,
+            dtype=dtype,
+            scan=scan,
+            source=f"checkpoint {folder}",
+            mesh=mesh,
+            placement=placement,
         )
 
 

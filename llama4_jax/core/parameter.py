@@ -7,7 +7,7 @@ Axis names: vocab, embed, heads, kv_heads, head_dim, gate_up, mlp, experts, patc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,3 +34,11 @@ def named(value: jax.Array, axes: Sequence[str]) -> nnx.Param:
     if len(axes) != value.ndim:
         raise ValueError(f"a parameter of shape {value.shape} needs {value.ndim} axis names, got {tuple(axes)}")
     return nnx.Param(value, axes=tuple(axes))
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], number: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`number` modules that `make` makes, each with its own random keys, as one whose parameters start with "layers"."""
+    keys = jax.random.split(rngs.params(), number)
+    stacked = jax.vmap(lambda key: make(nnx.Rngs(key)))(keys)
+    is_param = lambda leaf: isinstance(leaf, nnx.Param)  # noqa: E731
+    return jax.tree.map(lambda leaf: named(leaf[...], ("layers", *leaf.axes)), stacked, is_leaf=is_param)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama4_jax.config import TextConfig, layer_kinds
+from llama4_jax.core import parameter
 from llama4_jax.model.cache import Cache
 from llama4_jax.nn.attention import Context
 from llama4_jax.nn.block import Block
@@ -25,9 +26,7 @@ class Decoder(nnx.Module):
         scanned = self.periods * config.period
 
         def stack(kind) -> Block:
-            keys = jax.random.split(rngs.params(), self.periods)
-            block = jax.vmap(lambda key: Block(config, kind, rngs=nnx.Rngs(key), dtype=dtype))(keys)
-            return _name_leading_axis(block)
+            return parameter.stack(lambda rngs: Block(config, kind, rngs=rngs, dtype=dtype), self.periods, rngs)
 
         self.period = nnx.List([stack(kind) for kind in kinds[: min(scanned, config.period)]])
         self.tail = nnx.List([Block(config, kind, rngs=rngs, dtype=dtype) for kind in kinds[scanned:]])
@@ -82,10 +81,3 @@ def _in_layer_order(scanned: list[dict], tail: list[dict]) -> dict[str, jax.Arra
     if tail:
         parts.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *tail))
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts) if parts else {}
-
-
-def _name_leading_axis(block: Block) -> Block:
-    """Adds "layers" to the axis names of parameters that vmap has stacked."""
-    is_param = lambda leaf: isinstance(leaf, nnx.Param)  # noqa: E731
-    name = lambda leaf: nnx.Param(leaf[...], axes=("layers", *leaf.axes))  # noqa: E731
-    return jax.tree.map(name, block, is_leaf=is_param)

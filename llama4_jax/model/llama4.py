@@ -13,8 +13,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jax.sharding import Mesh
 
 from llama4_jax.config import Llama4Config
+from llama4_jax.core import partitioning
+from llama4_jax.core.partitioning import Placement
 from llama4_jax.kernels import transposed
 from llama4_jax.model import fusion
 from llama4_jax.model.cache import Cache, init_cache
@@ -151,6 +154,26 @@ class Llama4(nnx.Module):
             raise ValueError(f"got images {images.shape}, but this model has no vision tower (config.vision is None)")
         with jax.named_scope("fuse"):
             return fusion.fuse(x, self.vision(images), tokens == self.config.patch_token)
+
+
+def initialise(
+    config: Llama4Config,
+    *,
+    seed: int = 0,
+    dtype=jnp.float32,
+    scan: bool = True,
+    mesh: Mesh | None = None,
+    placement: Placement = partitioning.TRAIN,
+) -> Llama4:
+    """A model with random weights, the same for a seed whatever the mesh.
+
+    With a `mesh` each device draws its own shards and never holds a whole parameter.
+    """
+    make = lambda: Llama4(config, rngs=nnx.Rngs(seed), dtype=dtype, scan=scan)  # noqa: E731
+    if mesh is None:
+        return make()
+    places = partitioning.shardings(jax.eval_shape(make), placement, mesh)
+    return jax.jit(make, out_shardings=places)()
 
 
 _path = jax.tree_util.keystr

@@ -42,8 +42,8 @@ class VisionTower(nnx.Module):
             rngs, (config.grid**2 + 1, d), ("patch", "embed"), fan_in=d, dtype=dtype
         )
         self.norm_pre, self.norm_post = LayerNorm(d, dtype=dtype), LayerNorm(d, dtype=dtype)
-        keys = jax.random.split(rngs.params(), config.num_layers)
-        self.blocks = jax.vmap(lambda key: VisionBlock(config, rngs=nnx.Rngs(key), dtype=dtype))(keys)
+        make_block = lambda rngs: VisionBlock(config, rngs=rngs, dtype=dtype)  # noqa: E731
+        self.blocks = parameter.stack(make_block, config.num_layers, rngs)
         self.adapter = Adapter(config, **options)
         self.projector = Linear((config.output_dim,), (text_dim,), ("mlp", "embed"), **options)
 

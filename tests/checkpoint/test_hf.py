@@ -199,11 +199,6 @@ def test_what_the_format_cannot_express_is_refused_before_anything_is_written(tm
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mesh_is_refused_until_it_is_supported(folders):
-    with pytest.raises(NotImplementedError, match="mesh"):
-        checkpoint.load_hf(folders["scout"], mesh=object())
-
-
 def test_folders_without_a_checkpoint_say_what_is_missing(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
         checkpoint.load_hf(tmp_path)

@@ -226,8 +226,6 @@ def test_what_cannot_be_expressed_or_loaded_is_refused_before_anything_is_writte
     with pytest.raises(NotImplementedError, match="rope_scaling"):
         checkpoint.save_meta(tiny.model(tiny.text_config(2)), tmp_path / "meta")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(NotImplementedError, match="mesh"):
-        checkpoint.load_meta(tmp_path, mesh=object())
 
 
 def test_saving_replaces_the_old_shards_and_keeps_other_files(model, tmp_path):

@@ -1,0 +1,14 @@
+"""Everything in this folder that is marked `multidevice` runs in one process of its own, which has eight CPU devices."""
+
+import os
+import subprocess
+import sys
+
+
+def test_the_sharded_model_equals_the_model_on_one_device(root):
+    """Its failures are printed as pytest prints them: read them there."""
+    environment = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
+    command = [sys.executable, "-m", "pytest", "-m", "multidevice", "-p", "no:cacheprovider", "tests/multidevice"]
+    ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert " passed" in ran.stdout, ran.stdout

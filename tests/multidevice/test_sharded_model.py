@@ -1,0 +1,132 @@
+"""One model over eight devices: made and loaded into its shards, and the same numbers as on one device."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama4_jax import checkpoint, infer
+from llama4_jax.config import presets
+from llama4_jax.config.train import OptimizerConfig, TrainConfig
+from llama4_jax.core import names, partitioning
+from llama4_jax.model import initialise
+from llama4_jax.train import losses, optim, state, step
+
+pytestmark = pytest.mark.multidevice
+
+MESHES = [
+    {"fsdp": 8},
+    {"expert": 4, "tensor": 2},
+    {"slice": 2, "context": 2, "tensor": 2},
+    {"data": 2, "fsdp": 2, "expert": 2},
+]
+# With AdamW's usual epsilon a first step is the sign of the gradient, even of one that is nothing but rounding.
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, epsilon=1e-2)
+TRAIN = TrainConfig(steps=10, optimizer=OPTIMIZER, balance_loss=0.01)
+TOLERANCE = 1e-5  # of values of about 1: fp32 sums of at most a few thousand terms in another order
+
+
+@pytest.fixture(scope="module")
+def config():
+    """A chunked dense layer, then a global layer with experts; pictures; several chunks of 16 tokens."""
+    config = presets.tiny()
+    attention = dataclasses.replace(config.text.attention, nope_interval=2, num_kv_heads=2)
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, num_layers=2, attention=attention))
+
+
+@pytest.fixture(scope="module")
+def batch(config):
+    """Eight rows of 48 tokens: two documents, padding, and a picture at the start of each row."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 100, (8, 49)).astype(np.int32)
+    tokens[:, 1 : 1 + config.vision.tokens_per_tile] = config.patch_token
+    segments = np.repeat([[1] * 29 + [2] * 17 + [0] * 2], 8, axis=0).astype(np.int32)
+    positions = np.concatenate([np.arange(29), np.arange(19)])[None].repeat(8, axis=0).astype(np.int32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_weights": (segments > 0).astype(np.float32),
+        "positions": positions,
+        "segments": segments,
+        "images": rng.uniform(-1, 1, (8, config.vision.image_size, config.vision.image_size, 3)).astype(np.float32),
+    }
+
+
+def train(model, batch):
+    """Parameters and metrics after one step, as numpy arrays."""
+    structure, params = names.split(model)
+    optimizer = optim.make(TRAIN.optimizer, TRAIN.steps)
+    advance = step.make(
+        structure, functools.partial(losses.next_token, config=TRAIN), optimizer, TRAIN, model.config.text
+    )
+    after, metrics = advance(state.create(params, optimizer), batch)
+    return jax.tree.map(np.asarray, (after.params, metrics))
+
+
+def gradients(model, batch):
+    """Of the mean logit's square, for every parameter: unlike an optimiser's step they show the scale of an error."""
+    structure, params = names.split(model)
+
+    @jax.jit
+    def run(params, batch):
+        call = lambda params: structure.merge(params)(  # noqa: E731
+            batch["tokens"], batch["images"], batch["positions"], batch["segments"]
+        )
+        return jax.grad(lambda params: jnp.mean(call(params).logits ** 2))(params)
+
+    return jax.tree.map(np.asarray, run(params, batch))
+
+
+@pytest.fixture(scope="module")
+def alone(config, batch):
+    model = initialise(config, seed=3)
+    reference = {"params": names.split(jax.tree.map(np.asarray, model))[1], "gradients": gradients(model, batch)}
+    prompts = [[1, 2, 3], [*range(4, 30)]]
+    reference["said"] = infer.generate(model, prompts, max_new_tokens=24)
+    return reference | {"prompts": prompts, "trained": train(initialise(config, seed=3), batch)}
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_weights_gradients_a_step_and_decoding_do_not_depend_on_the_mesh(config, batch, alone, sizes):
+    assert len(jax.devices()) == 8
+    mesh = partitioning.make_mesh(sizes)
+    make = lambda: initialise(config, seed=3, mesh=mesh)  # noqa: E731
+    placed = {name: place(array, mesh) for name, array in batch.items()}
+
+    for name, weight in names.split(make())[1].items():
+        np.testing.assert_array_equal(weight, alone["params"][name], err_msg=name)
+    for name, gradient in gradients(make(), placed).items():
+        scale = np.abs(alone["gradients"][name]).max() + 1e-3
+        np.testing.assert_allclose(gradient / scale, alone["gradients"][name] / scale, atol=TOLERANCE, err_msg=name)
+
+    params, metrics = train(make(), placed)
+    wanted_params, wanted_metrics = alone["trained"]
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, wanted_metrics[name], rtol=1e-4, atol=TOLERANCE, err_msg=name)
+    for name, param in params.items():
+        np.testing.assert_allclose(param, wanted_params[name], atol=TOLERANCE, err_msg=name)
+
+    assert infer.generate(make(), alone["prompts"], max_new_tokens=24) == alone["said"]
+
+
+def place(array, mesh):
+    sharding = partitioning.batch_sharding(array.shape[:2], partitioning.TRAIN, mesh)
+    return jax.device_put(array, sharding) if array.ndim == 2 else array
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {"expert": 4, "context": 2}], ids=str)
+def test_a_checkpoint_loads_into_its_shards(config, tmp_path, sizes):
+    width = config.vision.embed_dim * config.vision.shuffle**2  # the format has one field for this and the adapter's
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, mlp_dim=width))
+    model = initialise(config, seed=1)
+    checkpoint.save_hf(model, tmp_path / "hf")
+    mesh = partitioning.make_mesh(sizes)
+    loaded = checkpoint.load_hf(tmp_path / "hf", mesh=mesh)
+    wanted = names.split(partitioning.shardings(model, partitioning.TRAIN, mesh))[1]
+    for name, weight in names.split(loaded)[1].items():
+        np.testing.assert_array_equal(weight, names.split(model)[1][name])
+        assert weight.sharding == wanted[name], name
+        assert weight.addressable_shards[0].data.shape == wanted[name].shard_shape(weight.shape)
