@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llama4_jax import checkpoint
-from llama4_jax.checkpoint import layouts, meta_config
+from llama4_jax.checkpoint import layouts, meta_config, positions
 from llama4_jax.config import RopeScaling
 from llama4_jax.testing import tiny
 
@@ -134,3 +134,12 @@ def test_metas_resharding_joins_what_the_tests_cut(released_files, metas):
     joined = reshard_mp(shards, size=1, rank=0)
     for key, tensor in released_files.released(modules, 0, 1).items():
         np.testing.assert_array_equal(joined[key].numpy().reshape(tensor.shape), tensor, err_msg=key)
+
+
+def test_metas_load_hook_resamples_old_positions_as_we_do(metas):
+    modules = checkpoint.to_tensors(tiny.model(config(True)), layouts.META_MODULES)
+    old = np.random.RandomState(3).normal(size=modules.pop(positions.NEW).shape).astype(np.float32)
+    theirs = metas(config(True))
+    theirs.load_state_dict(to_torch(modules | {positions.OLD: old}), strict=False)
+    found = theirs.state_dict()[positions.NEW].numpy()
+    np.testing.assert_allclose(found, positions.resample(old), rtol=0, atol=1e-6)
