@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from llama4_jax.checkpoint import assembly, hf_config, layouts, mapping, quantised, tensors
+from llama4_jax.checkpoint import assembly, hf_config, layouts, leaves, mapping, quantised, tensors
 from llama4_jax.config import Llama4Config
 from llama4_jax.core import partitioning
 from llama4_jax.core.partitioning import Placement
@@ -70,15 +70,24 @@ def save_hf(
     is replaced, other files in the folder (a tokenizer) are kept. Above `max_shard_bytes` weights are sharded.
     Raises NotImplementedError for a model that the format cannot express, before anything is written.
     """
-    documents = {
-        "config.json": hf_config.to_hf(model.config, assembly.main_dtype(model)),
-        "generation_config.json": hf_config.generation_to_hf(model.config),
-    }
-    named = assembly.Tensors(model, layout)
-    with tensors.replaced_folder(folder, _is_ours) as staged:
-        for name, document in documents.items():
+    source = leaves.ModelLeaves(model)
+    contents = documents(source)
+    named = assembly.Tensors(source, layout)
+    with tensors.replaced_folder(folder, is_ours) as staged:
+        for name, document in contents.items():
             (staged / name).write_text(json.dumps(document, indent=2) + "\n")
         tensors.write_folder(staged, named.specs, named.make, max_shard_bytes)
+
+
+def documents(source: leaves.Leaves) -> dict[str, dict]:
+    """The JSON files of a checkpoint beside its weights, by name.
+
+    Raises NotImplementedError for a model that the format cannot express.
+    """
+    return {
+        "config.json": hf_config.to_hf(source.config, assembly.main_dtype(source.specs)),
+        "generation_config.json": hf_config.generation_to_hf(source.config),
+    }
 
 
 def read_config(folder) -> Llama4Config:
@@ -105,15 +114,16 @@ def from_tensors(
 
 def to_tensors(model: Llama4, layout: mapping.Layout = layouts.HF_FUSED) -> dict[str, np.ndarray]:
     """The model's weights under the names of `layout`, and as it shapes them."""
-    named = assembly.Tensors(model, layout)
+    named = assembly.Tensors(leaves.ModelLeaves(model), layout)
     return {key: named.make(key) for key in named.shapes}
 
 
 def tensor_shapes(config: Llama4Config, layout: mapping.Layout = layouts.HF_FUSED) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a checkpoint of `config`; nothing is allocated."""
-    return assembly.Tensors(jax.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0))), layout).shapes
+    model = jax.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0)))
+    return assembly.Tensors(leaves.ModelLeaves(model), layout).shapes
 
 
-def _is_ours(path: pathlib.Path) -> bool:
+def is_ours(path: pathlib.Path) -> bool:
     """Whether a file belongs to a checkpoint of this kind, and so goes when that is replaced."""
     return path.name in ("config.json", "generation_config.json", tensors.INDEX) or path.suffix == ".safetensors"

@@ -100,7 +100,7 @@ class FileLeaves:
         for piece in pieces(shared[axis], width):
             first, last = (offset + (end - held[axis].start) * step for end in (piece.start, piece.stop))
             block = entry.to_leaf(reader.read(entry.key, slice(first, last)), shape, shards)
-            wanted, got = (_replaced(part, axis, piece) for part in (shared, held))
+            wanted, got = (mapping.with_part(part, axis, piece) for part in (shared, held))
             out[mapping.within(wanted, box)] = block[mapping.within(wanted, got)]
 
     def _dtype(self, path: str, dtype: str | None) -> np.dtype:
@@ -170,10 +170,6 @@ def check_dtype(dtype: str | None) -> None:
     """Raises ValueError unless weights may be asked for in `dtype`."""
     if dtype is not None and str(dtype) not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; wanted one of {', '.join(DTYPES)}, or None to keep what is stored")
-
-
-def _replaced(box: mapping.Box, axis: int, part: slice) -> mapping.Box:
-    return (*box[:axis], part, *box[axis + 1 :])
 
 
 def _text_prefix(config: Llama4Config, layout: mapping.Layout, names) -> str | None:

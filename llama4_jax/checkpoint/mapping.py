@@ -209,6 +209,11 @@ def intersection(one: Box, other: Box) -> Box | None:
     return shared if all(part.start < part.stop for part in shared) else None
 
 
+def with_part(box: Box, axis: int, part: slice) -> Box:
+    """`box` with another `part` on one axis."""
+    return (*box[:axis], part, *box[axis + 1 :])
+
+
 def within(box: Box, frame: Box) -> Box:
     """`box` as an index into an array that holds `frame`."""
     return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(box, frame, strict=True))

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from jax.sharding import Mesh
 
-from llama4_jax.checkpoint import assembly, layouts, meta_config, tensors, torch_files
+from llama4_jax.checkpoint import assembly, layouts, leaves, meta_config, tensors, torch_files
 from llama4_jax.config import Llama4Config
 from llama4_jax.core import partitioning
 from llama4_jax.core.partitioning import Placement
@@ -23,6 +23,7 @@ from llama4_jax.model import Llama4
 PARAMS = "params.json"
 EXTRAS = "llama4_jax.json"  # token ids and context length, of which params.json says nothing
 WEIGHTS = "consolidated.{shard:02d}"
+WRITTEN = WEIGHTS.format(shard=0) + ".safetensors"  # all weights in one file
 OPENERS = {".pth": torch_files.open_file, ".safetensors": tensors.open_file}
 OLD_POSITIONS = "vision_embeddings.vision_encoder.positional_embedding"
 
@@ -69,12 +70,21 @@ def save_meta(model: Llama4, folder) -> None:
     already there is replaced, other files in the folder (a tokenizer) are kept.
     Raises NotImplementedError for a model that the format cannot express, before anything is written.
     """
-    params, extras = meta_config.to_params(model.config)
-    named = assembly.Tensors(model, layouts.META_MODULES)
-    with tensors.replaced_folder(folder, _is_ours) as staged:
-        for name, document in ((PARAMS, params), (EXTRAS, extras)):
+    source = leaves.ModelLeaves(model)
+    contents = documents(source)
+    named = assembly.Tensors(source, layouts.META_MODULES)
+    with tensors.replaced_folder(folder, is_ours) as staged:
+        for name, document in contents.items():
             (staged / name).write_text(json.dumps(document, indent=2) + "\n")
-        tensors.write_file(staged / (WEIGHTS.format(shard=0) + ".safetensors"), named.specs, named.make)
+        tensors.write_file(staged / WRITTEN, named.specs, named.make)
+
+
+def documents(source: leaves.Leaves) -> dict[str, dict]:
+    """The JSON files of a checkpoint beside its weights, by name.
+
+    Raises NotImplementedError naming every field that Meta's model cannot express.
+    """
+    return dict(zip((PARAMS, EXTRAS), meta_config.to_params(source.config)))
 
 
 def read_params(folder) -> Llama4Config:
@@ -115,6 +125,6 @@ def _refuse_old_positions(names: Iterable[str], folder: pathlib.Path) -> None:
         )
 
 
-def _is_ours(path: pathlib.Path) -> bool:
+def is_ours(path: pathlib.Path) -> bool:
     """Whether a file belongs to a checkpoint of this kind, and so goes when that is replaced."""
     return path.name in (PARAMS, EXTRAS) or (path.name.startswith("consolidated.") and path.suffix in OPENERS)

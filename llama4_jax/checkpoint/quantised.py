@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from llama4_jax.checkpoint.assembly import Reader
+from llama4_jax.checkpoint.leaves import Reader
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 SCALE = "_scale"
