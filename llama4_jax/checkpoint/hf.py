@@ -7,9 +7,10 @@ which may be in FP8 with scales. `layouts` says what goes where.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -42,21 +43,27 @@ def load_hf(
     Raises FileNotFoundError for missing files, ValueError for a configuration or weights that lack, exceed or misshape
     anything (all of it in one message), NotImplementedError for what the model cannot express.
     """
-    folder = pathlib.Path(folder)
-    config = read_config(folder)
-    with tensors.open_folder(folder) as stored:
-        reader = quantised.Dequantised(stored)
-        layout = layouts.hf_layout(reader.shapes)
+    with opened(folder) as (config, layout, readers):
         return assembly.assemble(
             config,
             layout,
-            {folder.name: reader},
+            readers,
             dtype=dtype,
             scan=scan,
             source=f"checkpoint {folder}",
             mesh=mesh,
             placement=placement,
         )
+
+
+@contextlib.contextmanager
+def opened(folder) -> Iterator[tuple[Llama4Config, mapping.Layout, dict[str, leaves.Reader]]]:
+    """The configuration of the checkpoint in `folder`, the layout seen from its names, and its tensors."""
+    folder = pathlib.Path(folder)
+    config = read_config(folder)
+    with tensors.open_folder(folder) as stored:
+        reader = quantised.Dequantised(stored)
+        yield config, layouts.hf_layout(reader.shapes), {folder.name: reader}
 
 
 def save_hf(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from jax.sharding import Mesh
 
@@ -44,15 +44,10 @@ def load_meta(
     Raises FileNotFoundError for missing files, ValueError for a configuration or weights that lack, exceed or misshape
     anything (all of it in one message), NotImplementedError for what the model cannot express.
     """
-    folder = pathlib.Path(folder)
-    config = read_params(folder)
-    with contextlib.ExitStack() as files:
-        readers = {path.name: files.enter_context(OPENERS[path.suffix](path)) for path in _shards(folder)}
-        names = set().union(*(reader.shapes for reader in readers.values()))
-        _refuse_old_positions(names, folder)
+    with opened(folder) as (config, layout, readers):
         return assembly.assemble(
             config,
-            layouts.meta_layout(names),
+            layout,
             readers,
             dtype=dtype,
             scan=scan,
@@ -60,6 +55,18 @@ def load_meta(
             mesh=mesh,
             placement=placement,
         )
+
+
+@contextlib.contextmanager
+def opened(folder) -> Iterator[tuple[Llama4Config, mapping.Layout, dict[str, leaves.Reader]]]:
+    """The configuration of the checkpoint in `folder`, the layout seen from its names, and its shards in order."""
+    folder = pathlib.Path(folder)
+    config = read_params(folder)
+    with contextlib.ExitStack() as files:
+        readers = {path.name: files.enter_context(OPENERS[path.suffix](path)) for path in _shards(folder)}
+        names = set().union(*(reader.shapes for reader in readers.values()))
+        _refuse_old_positions(names, folder)
+        yield config, layouts.meta_layout(names), readers
 
 
 def save_meta(model: Llama4, folder) -> None:
