@@ -24,8 +24,11 @@ MODEL_CODE = {"core", "kernels", "nn", "model", "quant", "checkpoint", "infer", 
 FREE_OF_MODEL_CODE = {"config", "tokenizer", "data"}
 TOP_LAYERS = {"train", "eval", "serve", "plan", "testing"}
 HEAVY = ("torch", "tensorflow", "transformers")
-# Only the program that prepares text may load tensorflow-text: it costs 5 s and 760 MB.
-MAY_BE_HEAVY = {"llama4_jax.data.text"}
+# tensorflow-text costs 5 s and 760 MB: one file names it, one builds on that, and the program that prepares text loads
+# both when a worker sets to work.
+NAMES_TENSORFLOW = "llama4_jax.data.preparation.normalise"
+MAY_BE_HEAVY = {NAMES_TENSORFLOW, "llama4_jax.data.preparation.annotate"}
+LOADS_IT_AT_WORK = "llama4_jax.data.preparation.prepare"
 
 
 def package_edges(library):
@@ -118,6 +121,26 @@ def test_torch_and_transformers_are_named_nowhere_in_the_library(library):
         if name.split(".")[0] in ("torch", "transformers")
     ]
     assert not wrong, wrong
+
+
+def test_tensorflow_is_named_in_one_file(sources):
+    naming = {
+        ".".join(source.parts)
+        for source in sources
+        for name in source.imports()
+        if name.split(".")[0] in ("tensorflow", "tensorflow_text")
+    }
+    assert naming == {NAMES_TENSORFLOW}
+
+
+def test_only_the_preparation_of_text_comes_near_tensorflow(library, experiments):
+    importing = {
+        ".".join(source.parts)
+        for source in [*library, *experiments]
+        for name in source.imports()
+        if name.startswith(tuple(MAY_BE_HEAVY))
+    }
+    assert importing == {"llama4_jax.data.preparation.annotate", LOADS_IT_AT_WORK}
 
 
 def python(code: str, root, **environment) -> str:
