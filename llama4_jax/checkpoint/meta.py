@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 from jax.sharding import Mesh
 
-from llama4_jax.checkpoint import assembly, layouts, leaves, meta_config, tensors, torch_files
+from llama4_jax.checkpoint import assembly, layouts, leaves, mapping, meta_config, tensors, torch_files
 from llama4_jax.config import Llama4Config
 from llama4_jax.core import partitioning
 from llama4_jax.core.partitioning import Placement
