@@ -3,6 +3,7 @@
 from llama4_jax.checkpoint.hf import from_tensors, load_hf, save_hf, tensor_shapes, to_tensors
 from llama4_jax.checkpoint.layouts import HF_FUSED, HF_UNFUSED
 from llama4_jax.checkpoint.meta import load_meta, save_meta
+from llama4_jax.checkpoint.peft import load_peft, save_peft
 
 __all__ = [
     "HF_FUSED",
@@ -10,8 +11,10 @@ __all__ = [
     "from_tensors",
     "load_hf",
     "load_meta",
+    "load_peft",
     "save_hf",
     "save_meta",
+    "save_peft",
     "tensor_shapes",
     "to_tensors",
 ]

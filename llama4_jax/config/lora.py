@@ -24,7 +24,7 @@ class LoraConfig:
     rank: int = 16  # width between A and B
     alpha: float = 32.0  # the product is multiplied by alpha / rank
     targets: tuple[str, ...] = ATTENTION  # patterns (* and ?) that a parameter's dotted name ends with
-    rank_stabilized: bool = False  # multiply by alpha / sqrt(rank) instead (Kalajdzievski 2023)
+    rank_stabilised: bool = False  # multiply by alpha / sqrt(rank) instead (Kalajdzievski 2023)
 
     def __post_init__(self):
         if not self.rank >= 1 or not self.alpha > 0:
@@ -37,7 +37,7 @@ class LoraConfig:
     @property
     def scale(self) -> float:
         """What the product of A and B is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
 def matches(name: str, pattern: str) -> bool:
