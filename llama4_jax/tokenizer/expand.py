@@ -2,9 +2,8 @@
 
 The new tokens take the ids behind the special tokens, in the order in which they were learnt, and these ids are their
 ranks. tiktoken's merging asks for the lowest rank first, so a text is first merged as before, to the end, and new merges
-then only join what it was cut into: the old tokens of any text are the new ones, some of them cut further. Both rules of
-tiktoken are followed in learning: two neighbours merge whenever their joined bytes are a token, whichever pair it was
-learnt from, and a word whose bytes are a token is that token.
+then only join what it was cut into: the old tokens of any text are the new ones, some of them cut further. Learning
+follows tiktoken: two neighbours merge whenever their joined bytes are a token, whichever pair it was learnt from.
 
 Source: Sennrich et al. 2016 (BPE), carried on from the state in which an existing vocabulary leaves its words.
 """
@@ -56,7 +55,8 @@ def parts(old: bpe.Tokenizer, new: bpe.Tokenizer) -> list[list[int]]:
     Raises ValueError unless `new` is an expansion of `old`.
     """
     added = sorted(new.ranks.items() - old.ranks.items(), key=lambda item: item[1])
-    if [rank for _, rank in added] != list(range(old.vocab_size, new.vocab_size)):
+    kept = old.ranks.items() <= new.ranks.items()
+    if not kept or [rank for _, rank in added] != list(range(old.vocab_size, new.vocab_size)):
         raise ValueError(
             f"a tokenizer of {new.vocab_size} ids is no expansion of this one of {old.vocab_size}: old ids changed or "
             "are gone; expand the tokenizer that the model was trained with"
@@ -121,9 +121,6 @@ def _pairs(tokens: Sequence[bytes]) -> list[bytes]:
 
 def _settle(tokens: list[bytes], ranks: dict[bytes, int]) -> list[bytes]:
     """Merges neighbours, the lowest rank first and the leftmost among equals, until no two join to a token."""
-    whole = b"".join(tokens)
-    if whole in ranks:
-        return [whole]
     while True:
         found = [(ranks[pair], place) for place, pair in enumerate(_pairs(tokens)) if pair in ranks]
         if not found:
