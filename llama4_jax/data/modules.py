@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _INLINE = re.compile(r":math:`([^`]+)`")
+_OPTION = re.compile(r"^ *:\w+:.*\n?", re.MULTILINE)  # of a directive, as ":label: norm"
 _DISPLAYED = re.compile(r"^( *)\.\. math::(.*(?:\n\1 +.*|\n[ ]*)*)", re.MULTILINE)
 
 
@@ -47,5 +48,5 @@ def mathematics(module: Module) -> list[str]:
 
 def formulas(docstring: str) -> list[str]:
     """The LaTeX in a docstring: displayed formulas, then those in the line."""
-    displayed = [textwrap.dedent(found[2]).strip() for found in _DISPLAYED.finditer(docstring)]
+    displayed = [textwrap.dedent(_OPTION.sub("", found[2])).strip() for found in _DISPLAYED.finditer(docstring)]
     return [formula for formula in (*displayed, *_INLINE.findall(docstring)) if formula]
