@@ -55,11 +55,28 @@ def attend(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(blocking: Blocking, query, key, value, queries: Tokens, keys: Tokens) -> jax.Array:
-    return _forward(blocking, query, key, value, queries, keys)[0]
+    return forward(blocking, query, key, value, queries, keys, query.dtype)[0]
 
 
-def _forward(blocking: Blocking, query, key, value, queries: Tokens, keys: Tokens):
-    """Attention, and what its backward pass needs: the inputs, the output and the rows' log-sum-exp."""
+def _attend_forward(blocking: Blocking, query, key, value, queries: Tokens, keys: Tokens):
+    out, log_sum = forward(blocking, query, key, value, queries, keys, query.dtype)
+    return out, (query, key, value, queries, keys, out, log_sum)
+
+
+def _attend_backward(blocking: Blocking, saved, cotangent: jax.Array):
+    query, key, value, *_ = saved
+    gradients = backward(blocking, *saved, cotangent)
+    return *(gradient.astype(x.dtype) for gradient, x in zip(gradients, (query, key, value))), None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def forward(blocking: Blocking, query, key, value, queries: Tokens, keys: Tokens, dtype):
+    """Attention [b t n h] in `dtype`, and the log-sum-exp of each row's scores, [b t n] in float32 at least.
+
+    The log-sum-exp is -inf where nothing is seen.
+    """
     scale, wide = query.shape[-1] ** -0.5, jnp.promote_types(query.dtype, jnp.float32)
     padded_key, padded_value = blocks.pad(key, blocking.keys), blocks.pad(value, blocking.keys)
     key_tokens = blocks.cut_tokens(keys, blocking.keys)
@@ -87,24 +104,27 @@ def _forward(blocking: Blocking, query, key, value, queries: Tokens, keys: Token
         start = (jnp.full(rows, jnp.finfo(wide).min, wide), jnp.zeros(rows, wide), jnp.zeros(query_block.shape, wide))
         peak, total, out = blocks.fold_visible(step, start, query_tokens, key_tokens, key_extent, blocking.chunk_size)
         some = jnp.where(total > 0, total, 1.0)
-        # +inf where nothing is seen: the backward pass then finds the weights exp(score - inf) = 0.
-        log_sum = jnp.where(total > 0, peak + jnp.log(some), jnp.inf)
-        return None, ((out / some[..., None]).astype(query.dtype), log_sum)
+        log_sum = jnp.where(total > 0, peak + jnp.log(some), -jnp.inf)
+        return None, ((out / some[..., None]).astype(dtype), log_sum[..., None])
 
     query_blocks = _cut_queries(query, blocking.queries, key.shape[2])
     query_tokens = blocks.cut_tokens(queries, blocking.queries)
     _, (out, log_sum) = lax.scan(one_query_block, None, (query_blocks, query_tokens))
-    out = _join_queries(out, query.shape[1])
-    return out, (query, key, value, queries, keys, out, log_sum)
+    return _join_queries(out, query.shape[1]), _join_queries(log_sum, query.shape[1])[..., 0]
 
 
-def _backward(blocking: Blocking, saved, cotangent: jax.Array):
-    """Gradients of query, key and value; the weights are computed again, block by block."""
-    query, key, value, queries, keys, out, log_sum = saved
+def backward(blocking: Blocking, query, key, value, queries: Tokens, keys: Tokens, out, log_sum, cotangent):
+    """Gradients of query, key and value in float32 at least; the weights are computed again, block by block.
+
+    `out` and `log_sum` may be those over more keys than these, as where the keys are spread over devices: the result is
+    then the part of the gradient that these keys have in.
+    """
     scale, wide = query.shape[-1] ** -0.5, jnp.promote_types(query.dtype, jnp.float32)
     padded_key, padded_value = blocks.pad(key, blocking.keys), blocks.pad(value, blocking.keys)
     key_tokens = blocks.cut_tokens(keys, blocking.keys)
     key_extent = blocks.extent(key_tokens)
+    # +inf makes the weights exp(score - inf) of a row that sees nothing 0.
+    log_sum = jnp.where(jnp.isneginf(log_sum), jnp.inf, log_sum)
 
     def one_query_block(key_value_grads, block):
         query_block, cotangent_block, mean_block, log_sum_block, query_tokens = block  # [b k g t ...]
@@ -114,7 +134,7 @@ def _backward(blocking: Blocking, saved, cotangent: jax.Array):
             key_block = blocks.take(padded_key, index, blocking.keys)  # [b s k h]
             value_block = blocks.take(padded_value, index, blocking.keys)
             scores = jnp.einsum("bkgth,bskh->bkgts", query_block, key_block, preferred_element_type=wide)
-            weights = jnp.exp(jnp.where(rule, scores * scale, -jnp.inf) - log_sum_block[..., None])
+            weights = jnp.exp(jnp.where(rule, scores * scale, -jnp.inf) - log_sum_block)
             pull = jnp.einsum("bkgth,bskh->bkgts", cotangent_block, value_block, preferred_element_type=wide)
             scores_grad = (weights * (pull - mean_block) * scale).astype(query.dtype)
             weights = weights.astype(query.dtype)
@@ -127,20 +147,16 @@ def _backward(blocking: Blocking, saved, cotangent: jax.Array):
         query_grad, *key_value_grads = blocks.fold_visible(
             step, start, query_tokens, key_tokens, key_extent, blocking.chunk_size
         )
-        return tuple(key_value_grads), query_grad.astype(query.dtype)
+        return tuple(key_value_grads), query_grad
 
     # The mean of `pull` under a row's weights, since the output is the mean of the values.
     mean = (cotangent.astype(wide) * out.astype(wide)).sum(-1, keepdims=True)  # [b t n 1]
-    query_blocks = (_cut_queries(x, blocking.queries, key.shape[2]) for x in (query, cotangent, mean))
+    cut = (_cut_queries(x, blocking.queries, key.shape[2]) for x in (query, cotangent, mean, log_sum[..., None]))
     start = (jnp.zeros(padded_key.shape, wide), jnp.zeros(padded_value.shape, wide))
     (key_grad, value_grad), query_grad = lax.scan(
-        one_query_block, start, (*query_blocks, log_sum, blocks.cut_tokens(queries, blocking.queries))
+        one_query_block, start, (*cut, blocks.cut_tokens(queries, blocking.queries))
     )
-    key_grad, value_grad = (x[:, : key.shape[1]].astype(key.dtype) for x in (key_grad, value_grad))
-    return _join_queries(query_grad, query.shape[1]), key_grad, value_grad, None, None
-
-
-_attend.defvjp(_forward, _backward)
+    return _join_queries(query_grad, query.shape[1]), *(x[:, : key.shape[1]] for x in (key_grad, value_grad))
 
 
 def _cut_queries(array: jax.Array, size: int, kv_heads: int) -> jax.Array:

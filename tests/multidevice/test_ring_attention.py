@@ -1,0 +1,117 @@
+"""Ring attention over 2, 4 and 8 devices: the reference's output and gradients, in memory and bytes that its pieces need."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llama4_jax.kernels.attention import api, mask, ring, workloads
+from llama4_jax.kernels.attention.blocks import Blocking
+from llama4_jax.testing import budget
+
+pytestmark = pytest.mark.multidevice
+
+# (workload, devices, zig-zag order); lengths of 50, 61, 64, 45 and 33 tokens are filled up to whole pieces.
+CASES = [
+    (name, 4, True) for name in ("causal", "chunk_divides_no_block", "packed", "left_padded", "five_heads_a_group")
+]
+CASES += [("packed_global", 2, False), ("packed_global", 8, True), ("several_chunks", 8, False)]
+
+
+def spread_inputs(name, devices, zigzag, dtype=jnp.float32):
+    """Arrays and tokens of a workload, filled up to whole pieces and in the order of the ring; the cotangent too."""
+    workload = workloads.SMALL[name]
+    arrays = workload.arrays(dtype=dtype)
+    arrays["cotangent"] = jax.random.normal(jax.random.key(9), arrays["query"].shape, dtype)
+    filling = -workload.query_length % (2 * devices)
+    length = workload.query_length + filling
+    places = ring.order(length, devices) if zigzag else np.arange(length)
+
+    def lay_out(x):
+        return jnp.asarray(np.pad(np.asarray(x), [(0, 0), (0, filling)] + [(0, 0)] * (x.ndim - 2))[:, places])
+
+    return workload, jax.tree.map(lay_out, arrays), jax.tree.map(lay_out, workload.tokens())
+
+
+def output_and_gradients(attend, arrays, tokens, chunk_size):
+    def call(query, key, value):
+        return attend(query, key, value, **tokens, chunk_size=chunk_size)
+
+    output, pullback = jax.vjp(call, arrays["query"], arrays["key"], arrays["value"])
+    return dict(zip(("output", "query", "key", "value"), (output, *pullback(arrays["cotangent"]))))
+
+
+def check(attend, workload, arrays, tokens):
+    """Within the rounding budget of exact arithmetic, twice: the reference has errors of its own."""
+    run = jax.jit(output_and_gradients, static_argnums=(0, 3))
+    got = run(attend, arrays, tokens, workload.chunk_size)
+    reference = functools.partial(api.attend, implementation="reference")
+    wanted = run(reference, arrays, tokens, workload.chunk_size)
+    names = ("query_positions", "key_positions", "query_segments", "key_segments")
+    seen = np.asarray(mask.visible(*(tokens[name] for name in names), workload.chunk_size))
+    allowed = budget.attention(arrays["query"].dtype, **arrays, visible=seen)
+    for name, value in got.items():
+        assert value.dtype == wanted[name].dtype
+        excess = np.abs(np.asarray(value, np.float64) - np.asarray(wanted[name], np.float64)) / getattr(allowed, name)
+        assert excess.max() <= 2, f"{name} errs by {excess.max():.2f} times its budget"
+
+
+@pytest.mark.parametrize("name, devices, zigzag", CASES)
+def test_a_ring_equals_the_reference(name, devices, zigzag):
+    workload, arrays, tokens = spread_inputs(name, devices, zigzag)
+    attend = ring.over_mesh(
+        Mesh(jax.devices()[:devices], ("context",)),
+        context="context",
+        blocking=Blocking(queries=8, keys=4, chunk_size=workload.chunk_size),
+    )
+    check(attend, workload, arrays, tokens)
+
+
+def test_bfloat16_is_merged_in_float32():
+    workload, arrays, tokens = spread_inputs("packed_global", 4, True, jnp.bfloat16)
+    check(ring.over_mesh(Mesh(jax.devices()[:4], ("context",)), context="context"), workload, arrays, tokens)
+
+
+def test_a_ring_goes_with_rows_and_heads_spread_over_other_axes():
+    workload, arrays, tokens = spread_inputs("packed", 2, True)
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "context", "tensor"))
+    check(ring.over_mesh(mesh, context="context", batch=("data",), heads="tensor"), workload, arrays, tokens)
+
+
+def test_a_row_that_sees_nothing_anywhere_gives_zeros():
+    workload, arrays, tokens = spread_inputs("causal", 4, False)
+    blind = tokens | {"query_segments": tokens["query_segments"].at[1].set(7)}
+    attend = ring.over_mesh(Mesh(jax.devices()[:4], ("context",)), context="context")
+    for value in output_and_gradients(attend, arrays, blind, None).values():
+        assert not np.asarray(value[1]).any() and np.isfinite(value[0]).all() and np.asarray(value[0]).any()
+
+
+def compiled(devices, piece):
+    """The gradient of a ring of `devices` with `piece` tokens each."""
+    mesh = Mesh(jax.devices()[:devices], ("context",))
+    attend = ring.over_mesh(mesh, context="context", blocking=Blocking(queries=32, keys=32, chunk_size=None))
+    place = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))  # noqa: E731
+    array = jax.ShapeDtypeStruct((1, devices * piece, 4, 16), jnp.float32, sharding=place(None, "context"))
+    token = jax.ShapeDtypeStruct((1, devices * piece), jnp.int32, sharding=place(None, "context"))
+    names = ("query_positions", "key_positions", "query_segments", "key_segments")
+    arrays = dict.fromkeys(("query", "key", "value", "cotangent"), array)
+    run = jax.jit(output_and_gradients, static_argnums=(0, 3))
+    return run.lower(attend, arrays, dict.fromkeys(names, token), None).compile()
+
+
+def test_memory_of_a_device_does_not_grow_with_the_length_of_the_whole():
+    few, many = (compiled(devices, 128).memory_analysis().temp_size_in_bytes for devices in (2, 8))
+    assert many <= 1.02 * few
+    assert compiled(8, 256).memory_analysis().temp_size_in_bytes > 1.5 * many  # but with its own piece it does
+
+
+def test_nothing_travels_but_from_neighbour_to_neighbour():
+    text = compiled(4, 128).as_text()
+    kinds = set(
+        re.findall(r"(all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?=\(|-start\()", text)
+    )
+    assert kinds == {"collective-permute"}
