@@ -17,7 +17,7 @@ TOKENS = np.arange(24)[None] % 120
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.model(tiny.text_config(num_layers=2))
+    return tiny.model(tiny.text_config(num_layers=5))
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,9 @@ def test_weights_keep_their_dtype_and_the_layers_their_stacking(model):
     half = jax.tree.map(lambda array: array.astype("bfloat16"), model)
     grown = vocabulary.grow(half, vocabulary.mean_of_parts(PARTS))
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(grown)} == {"bfloat16"}
+    assert grown.decoder.periods == model.decoder.periods == 2
     plain = vocabulary.grow(model.unrolled(), vocabulary.mean_of_parts(PARTS))
-    assert plain.decoder.periods == 0 and len(plain.decoder.tail) == 2
+    assert plain.decoder.periods == 0 and len(plain.decoder.tail) == 5
 
 
 def test_a_tied_model_grows_its_one_table():
