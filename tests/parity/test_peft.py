@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from llama4_jax import checkpoint, infer
 from llama4_jax.config.lora import ATTENTION, DENSE, ROUTED_EXPERTS, SHARED_EXPERTS, LoraConfig
 from llama4_jax.model import lora
-from llama4_jax.testing import goldens
+from llama4_jax.testing import adapters, goldens
 
 pytestmark = pytest.mark.parity
 TOLERANCE = 2e-4  # as in test_goldens.py; adapters move the logits by whole units
@@ -73,14 +73,6 @@ def run(model, tokens) -> np.ndarray:
     return np.asarray(jax.jit(type(model).__call__)(model, np.asarray(tokens, np.int32)).logits)
 
 
-def with_random_factors(model, seed: int):
-    """Adapters in the middle of training: no factor is zero."""
-    structure, adapters, base = lora.split(model)
-    random = np.random.RandomState(seed)
-    moved = {name: random.normal(0, 0.15, leaf.shape).astype(np.float32) for name, leaf in adapters.items()}
-    return structure.merge(base | {name: jax.numpy.asarray(leaf) for name, leaf in moved.items()})
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -94,7 +86,7 @@ def with_random_factors(model, seed: int):
 def test_peft_computes_what_we_saved(base, config, tmp_path):
     import peft
 
-    model = with_random_factors(lora.attach(base.ours, config), seed=1)
+    model = adapters.trained(base.ours, config)
     checkpoint.save_peft(model, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(base.hf, tmp_path / "adapter").eval()
     held = {key: tensor.numpy() for key, tensor in peft.get_peft_model_state_dict(theirs).items()}
@@ -136,7 +128,7 @@ def test_we_compute_what_peft_saved(base, settings, tmp_path):
 def test_decoding_with_adapters_takes_the_tokens_that_peft_finds_likeliest(base, tmp_path):
     import peft
 
-    model = with_random_factors(lora.attach(base.ours, LoraConfig(rank=2, alpha=3.0, targets=("*",))), seed=1)
+    model = adapters.trained(base.ours, LoraConfig(rank=2, alpha=3.0, targets=("*",)))
     checkpoint.save_peft(model, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(base.hf, tmp_path / "adapter").eval()
     prompts = base.tokens[:, :14].tolist()  # decoding passes the border of a chunk of 16
