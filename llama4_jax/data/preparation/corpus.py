@@ -13,7 +13,6 @@ import gzip
 import importlib
 import json
 import pathlib
-import re
 import sysconfig
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -140,12 +139,6 @@ def manual_pages(folder: str = "/usr/share/man", limit: int = 0) -> Source | Non
         for path in paths
     ]
     return Source("manuals", MANUAL_LICENCE, spread(items, limit)) if items else None
-
-
-def language_of_page(item: Item) -> str:
-    """The language whose folder a manual page lies in: "de/man1/man.1.gz" is "de", "man1/ls.1.gz" is "en"."""
-    match = re.match(r"([a-z]{2}(?:_[A-Z]{2})?)/", item.name)
-    return match.group(1) if match else "en"
 
 
 def spread(items: Sequence[Item], limit: int) -> tuple[Item, ...]:

@@ -10,8 +10,6 @@ Source: Cavnar and Trenkle 1994 (n-gram profiles); Dunning 1994 (their likelihoo
 from __future__ import annotations
 
 import dataclasses
-import io
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -21,7 +19,7 @@ from llama4_jax.data.preparation.words import mix
 BUCKETS = 1 << 16
 WINDOW = 256  # characters judged together
 SMOOTHING = 0.1  # counts added to every bucket
-MIN_CHARACTERS = 20_000  # of a language, to learn it from
+MIN_CHARACTERS = 8_000  # of a language, to learn it from
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,16 +47,6 @@ class Profiles:
         """The language of most of the text."""
         return next(iter(self.shares(text)), None)
 
-    def to_bytes(self) -> bytes:
-        file = io.BytesIO()
-        np.savez(file, names=np.array(self.names), log_probability=self.log_probability)
-        return file.getvalue()
-
-    @staticmethod
-    def read(path: str | pathlib.Path) -> Profiles:
-        with np.load(path) as arrays:
-            return Profiles(tuple(arrays["names"].tolist()), arrays["log_probability"])
-
 
 def learn(texts: Mapping[str, Iterable[str]]) -> Profiles | None:
     """Profiles of the languages with MIN_CHARACTERS or more; None for fewer than two of them."""
@@ -70,7 +58,6 @@ def learn(texts: Mapping[str, Iterable[str]]) -> Profiles | None:
         if counts.sum() >= MIN_CHARACTERS:
             names.append(name)
             tables.append(np.log((counts + SMOOTHING) / (counts.sum() + SMOOTHING * BUCKETS)))
-    # Half precision of the logarithms would do; float32 sums of a window are exact to about 1e-4.
     return Profiles(tuple(names), np.stack(tables, -1).astype(np.float32)) if len(names) > 1 else None
 
 

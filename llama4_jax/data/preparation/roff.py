@@ -88,15 +88,16 @@ def _macro(lines: list[str], macro: str, rest: str) -> None:
 
 
 def _printed(match: re.Match) -> str:
-    groups = match.groupdict()
-    if groups["plain"] is not None:
-        return _PLAIN.get(groups["plain"], "")
-    for kind in ("string", "named_string", "short_string"):
-        if groups[kind] is not None:
-            return _STRINGS.get(groups[kind], "")
-    name = groups["character"] or groups["named"] or ""
+    kind = match.lastgroup
+    if kind is None or kind == "comment":
+        return ""
+    name = match[kind]
+    if kind == "plain":
+        return _PLAIN.get(name, "")
+    if kind.endswith("string"):
+        return _STRINGS.get(name, "")
     if re.fullmatch(r"u[0-9A-F]{4,6}", name):
         return chr(int(name[1:], 16))
     if len(name) == 2 and name[0] in _ACCENTS and name[1].isalpha():
         return unicodedata.normalize("NFC", name[1] + _ACCENTS[name[0]])
-    return (_CHARACTERS | _LETTERS).get(name, "")
+    return _CHARACTERS.get(name) or _LETTERS.get(name, "")

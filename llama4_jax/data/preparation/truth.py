@@ -1,13 +1,15 @@
-"""The exhaustive answer that the fast search is measured against: the similarity of every pair of documents."""
+"""The exhaustive answers that the fast searches are measured against: every pair of documents, every run of words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import scipy.sparse
 
-from llama4_jax.data.preparation import dedup
+from llama4_jax.data.preparation import dedup, words
+from llama4_jax.data.preparation.decontaminate import Overlap
 
 
 def similar_pairs(sets: Sequence[np.ndarray], floor: float) -> tuple[np.ndarray, np.ndarray]:
@@ -52,3 +54,21 @@ def unverified(
     estimates = np.array([np.mean(signatures[i] == signatures[j]) for i, j in pairs.tolist()])
     called = estimates >= likeness.threshold
     return int(np.sum(called & (similarities < likeness.threshold))), int(np.sum(called))
+
+
+def giveaways(texts: Sequence[str], items: Mapping[str, str], overlap: Overlap) -> np.ndarray:
+    """Which texts give an evaluation item away, by comparing the words themselves and not hashes: bool [texts]."""
+    forbidden: dict[int, set[str]] = {}
+    for item in map(words.split, items.values()):
+        length = min(overlap.words, len(item))
+        if length >= overlap.min_words:
+            forbidden.setdefault(length, set()).update(_runs(item, length))
+    found = []
+    for text in map(words.split, texts):
+        found.append({run for length, runs in forbidden.items() for run in _runs(text, length) if run in runs})
+    counts = collections.Counter(run for runs in found for run in runs)
+    return np.array([any(counts[run] <= overlap.common_after for run in runs) for runs in found], bool)
+
+
+def _runs(split: list[str], length: int) -> list[str]:
+    return [" ".join(split[start : start + length]) for start in range(len(split) - length + 1)]
