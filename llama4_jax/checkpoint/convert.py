@@ -73,6 +73,19 @@ class Conversion:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a conversion is: every byte is written and then read back."""
+
+    phase: str  # "writing" or "checking"
+    unit: str  # the tensor just finished
+    done: int  # bytes, of both phases
+    total: int
+
+
+Advance = Callable[[Progress], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
     """What a conversion did."""
 
@@ -81,10 +94,10 @@ class Summary:
     bytes: int  # of all of them
 
 
-def convert(conversion: Conversion, advance: Callable[[str, int, bool], None] | None = None) -> Summary:
+def convert(conversion: Conversion, advance: Advance = lambda _: None) -> Summary:
     """Carries out `conversion`, or finishes what an earlier process began of it.
 
-    `advance` is told of each finished tensor its name, its bytes and whether an earlier process made it.
+    `advance` is called after each tensor, written or checked.
     Raises, with nothing at the target and nothing half-written: FileExistsError if something is there; ValueError
     listing all that the source lacks, has too much or has in another shape; NotImplementedError for what a format
     cannot express. Raises ValueError also where the ledger belongs to other work, and where what was written is not what
@@ -94,8 +107,9 @@ def convert(conversion: Conversion, advance: Callable[[str, int, bool], None] | 
     with opened(conversion.read, conversion.source, conversion.dtype) as source:
         target = targets.make(conversion.write, source, conversion.max_shard_bytes, conversion.transform)
         with Ledger(conversion.partial, conversion.work()) as ledger:
-            resumed = _write_missing(target, conversion.partial, ledger, advance or (lambda *_: None))
-            _verify(target, conversion.partial, ledger)
+            resumed = len(ledger.done)
+            _write_missing(target, conversion.partial, ledger, advance)
+            _verify(target, conversion.partial, ledger, advance)
             target.finish(conversion.partial, ledger.done)
             _copy_kept(conversion)
             _move_into_place(conversion)
@@ -114,28 +128,29 @@ def opened(kind: str, folder: pathlib.Path, dtype: str | None = None) -> Iterato
         yield FileLeaves(config, layout, readers, dtype=dtype, stacked=False, source=f"checkpoint {folder}")
 
 
-def _write_missing(target: targets.Target, folder: pathlib.Path, ledger: Ledger, advance: Callable) -> int:
-    """Writes every unit that the ledger does not have; returns how many it has."""
+def _write_missing(target: targets.Target, folder: pathlib.Path, ledger: Ledger, advance: Advance) -> None:
+    """Writes every unit that the ledger does not have."""
     target.prepare(folder)
-    resumed = 0
+    done, total = 0, 2 * sum(target.units.values())
     for unit, size in target.units.items():
-        found = unit in ledger.done
-        if not found:
+        if unit not in ledger.done:
             ledger.add(unit, target.write(folder, unit))
-        resumed += found
-        advance(unit, size, found)
-    return resumed
+        done += size
+        advance(Progress(phase="writing", unit=unit, done=done, total=total))
 
 
-def _verify(target: targets.Target, folder: pathlib.Path, ledger: Ledger) -> None:
+def _verify(target: targets.Target, folder: pathlib.Path, ledger: Ledger, advance: Advance) -> None:
     """Compares what is on disk with what was written."""
     damaged = []
-    for unit, record in ledger.done.items():
+    done = sum(target.units.values())
+    for unit, size in target.units.items():
         try:
-            whole = target.stored(folder, unit) == record
+            whole = target.stored(folder, unit) == ledger.done[unit]
         except (OSError, ValueError):
             whole = False
         damaged += [] if whole else [unit]
+        done += size
+        advance(Progress(phase="checking", unit=unit, done=done, total=2 * sum(target.units.values())))
     if damaged:
         ledger.drop(damaged)
         raise ValueError(

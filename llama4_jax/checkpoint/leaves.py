@@ -43,6 +43,8 @@ class Leaves(Protocol):
 
     def window(self, path: str, box: mapping.Box) -> np.ndarray: ...
 
+    def axis(self, path: str) -> int: ...  # along which windows are cheap
+
 
 class FileLeaves:
     """Parameters out of the tensors that hold their parts; `readers` (label -> reader) are shards, first to last.
@@ -86,6 +88,13 @@ class FileLeaves:
             if not entry.split:
                 self._compare_replicas(entry.key)
         return out
+
+    def axis(self, path: str) -> int:
+        """Along which axis windows read nothing that they do not need."""
+        entry = self._sources[path][0]
+        if entry.index and entry.index[0] != mapping.ALL:  # a tensor for each expert or layer
+            return 0
+        return entry.lead(self._shapes[path], len(self._readers))[0]
 
     def _copy(self, entry: mapping.Entry, shard: int, box: mapping.Box, out: np.ndarray) -> None:
         """Puts into `out`, which is `box` of the parameter, what shard `shard` of one tensor has of it."""
@@ -138,6 +147,9 @@ class ModelLeaves:
     def window(self, path: str, box: mapping.Box) -> np.ndarray:
         home, index = self._homes[path]
         return np.asarray(self._arrays[home])[index][box]
+
+    def axis(self, path: str) -> int:
+        return 0
 
 
 def parameter_shapes(config: Llama4Config, *, stacked: bool) -> dict[str, mapping.Shape]:

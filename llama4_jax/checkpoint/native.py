@@ -1,44 +1,39 @@
 """Our own checkpoints of a model: one Orbax item for each parameter, layer by layer, and a manifest.
 
-    manifest.json             configuration; shape, dtype and checksums of each parameter
-    parameters/NAME/array     an Orbax item {"array": parameter}, in uncompressed zarr chunks of about CHUNK_BYTES
+    manifest.json       configuration; shape, dtype and checksums of each parameter
+    parameters/NAME/    the parameter as an Orbax item (`items`)
 
 A parameter is written alone, so that conversion streams, and any part of it is read alone, so that each device gets its
 shard and nothing more. Parameters have the names and shapes of `Llama4(scan=False)`; a stacked model is read from the
-same files. Orbax writes; reading is by tensorstore, which Orbax reads with too, because Orbax restores whole arrays only.
+same files.
 
-Two checksums: `crc32` is of the bytes, chunk after chunk; `sum` is `store.fingerprint`, which devices compute on shards.
+Two checksums: `crc32`, the sum of the CRC-32 of each chunk's place and bytes modulo 2^32, is for files; `sum` is
+`store.fingerprint`, which devices compute on their shards.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import json
 import pathlib
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore
 from flax import nnx
 
 from llama4_jax import config as configs
-from llama4_jax.checkpoint import mapping, store, tensors
-from llama4_jax.checkpoint.leaves import ModelLeaves, check_dtype, empty, parameter_shapes, whole
+from llama4_jax.checkpoint import items, mapping, store, tensors
+from llama4_jax.checkpoint.leaves import ModelLeaves, check_dtype, empty, parameter_shapes
 from llama4_jax.config import Llama4Config
 from llama4_jax.model import Llama4
 
 MANIFEST = "manifest.json"
 PARAMETERS = "parameters"
 FORMAT = "llama4_jax parameters, version 1"
-CHUNK_BYTES = 1 << 24  # above it, tensorstore copies much of a parameter while it writes
-WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 Sharding = jax.sharding.Sharding
-Record = dict[str, Any]  # what the manifest says of a parameter: shape, dtype, crc32, sum
 
 
 def save_native(model: Llama4, folder) -> None:
@@ -48,9 +43,10 @@ def save_native(model: Llama4, folder) -> None:
     is replaced, other files in the folder (a tokenizer) are kept.
     """
     leaves = ModelLeaves(model)
-    with tensors.replaced_folder(folder, is_ours) as staged, Writer(staged) as writer:
+    with tensors.replaced_folder(folder, is_ours) as staged, items.Writer() as writer:
         records = {
-            path: writer.write(path, leaves.window(path, whole(shape))) for path, (shape, _) in leaves.specs.items()
+            path: writer.write(item(staged, path), spec, leaves.axis(path), functools.partial(leaves.window, path))
+            for path, spec in leaves.specs.items()
         }
         write_manifest(staged, model.config, records)
 
@@ -92,7 +88,7 @@ class NativeLeaves:
         self._folder = pathlib.Path(folder)
         document = _read_manifest(self._folder)
         self.config = configs.from_dict(Llama4Config, document["config"])
-        self.records: dict[str, Record] = document["parameters"]
+        self.records: dict[str, items.Record] = document["parameters"]
         stored = {path: tuple(record["shape"]) for path, record in self.records.items()}
         shapes = parameter_shapes(self.config, stacked=False)
         mapping.account(mapping.identity(shapes), {"": stored}, shapes, f"checkpoint {folder}")
@@ -102,8 +98,14 @@ class NativeLeaves:
 
     def window(self, path: str, box: mapping.Box) -> np.ndarray:
         """A part of the parameter `path`."""
-        values = open_array(self._folder, path)[box].read().result()
+        values = items.open_array(item(self._folder, path))[box].read().result()
         return values.astype(self.specs[path][1], copy=False)
+
+    def axis(self, path: str) -> int:
+        """Along which axis windows are cheap."""
+        chunk = items.open_array(item(self._folder, path)).chunk_layout.read_chunk.shape
+        numbers = [size / step for size, step in zip(self.specs[path][0], chunk)]
+        return numbers.index(max(numbers))
 
     def array(self, paths: list[str], shape: mapping.Shape, place: Sharding) -> jax.Array:
         """The parameter of `paths`, or those of several layers on a new first axis, as `place` divides it, as stored."""
@@ -128,52 +130,13 @@ class NativeLeaves:
         return array
 
 
-class Writer:
-    """Writes parameters of a checkpoint in `folder`, one at a time. Use it as a context manager."""
-
-    def __init__(self, folder: pathlib.Path):
-        self._folder = folder
-        self._device = jax.local_devices(backend="cpu")[0]
-        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False)
-        self._checkpointer = ocp.Checkpointer(handler)
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._checkpointer.close()
-
-    def write(self, path: str, leaf: np.ndarray) -> Record:
-        """Writes `leaf`, which nobody may change meanwhile, over what was there; returns its record."""
-        # An expert is a chunk or more of its own: devices and other layouts ask for experts one by one.
-        options = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if ".experts." in path else ())
-        save = ocp.args.PyTreeSave({"array": jax.device_put(leaf, self._device)}, save_args={"array": options})
-        self._checkpointer.save((self._folder / PARAMETERS / path).absolute(), args=save, force=True)
-        crc32, total = _checksums(leaf.__getitem__, leaf.shape, _chunk(open_array(self._folder, path)))
-        return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "crc32": crc32, "sum": total}
+def item(folder: pathlib.Path, path: str) -> pathlib.Path:
+    """Where the parameter `path` of a checkpoint lies."""
+    return pathlib.Path(folder) / PARAMETERS / path
 
 
-def stored_record(folder: pathlib.Path, path: str) -> Record:
-    """The record of a parameter as it is on disk now; raises ValueError where it cannot be read."""
-    array = open_array(folder, path)
-    try:
-        crc32, total = _checksums(lambda box: array[box].read().result(), array.shape, _chunk(array))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {path} cannot be read: {error}") from error
-    return {"shape": list(array.shape), "dtype": str(array.dtype.numpy_dtype), "crc32": crc32, "sum": total}
-
-
-def open_array(folder: pathlib.Path, path: str) -> tensorstore.TensorStore:
-    """The stored parameter `path`, of which any part can be read."""
-    place = (pathlib.Path(folder) / PARAMETERS / path / "array").absolute()
-    if not (place / "zarr.json").is_file():
-        raise FileNotFoundError(f"{place / 'zarr.json'} is missing; the checkpoint is incomplete, copy it again")
-    kvstore = {"driver": "file", "path": f"{place}/"}
-    return tensorstore.open({"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}).result()
-
-
-def write_manifest(folder: pathlib.Path, config: Llama4Config, records: Mapping[str, Record]) -> None:
-    document = {"format": FORMAT, "config": configs.to_dict(config), "parameters": dict(records)}
+def write_manifest(folder: pathlib.Path, config: Llama4Config, records: Mapping[str, items.Record]) -> None:
+    document = {"format": FORMAT, "config": configs.to_dict(config), "parameters": dict(sorted(records.items()))}
     (folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
 
 
@@ -189,24 +152,3 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     if document.get("format") != FORMAT:
         raise ValueError(f"{folder / MANIFEST}: wanted format {FORMAT!r}, got {document.get('format')!r}")
     return document
-
-
-def _checksums(
-    read: Callable[[mapping.Box], np.ndarray], shape: mapping.Shape, chunk: mapping.Shape
-) -> tuple[int, int]:
-    """CRC-32 of the bytes chunk by chunk, first axis outermost; sum of the words modulo 2^32."""
-    crc32 = total = 0
-    for box in _grid(shape, chunk):
-        flat = np.ascontiguousarray(read(box)).reshape(-1)
-        crc32 = zlib.crc32(flat.view(np.uint8).data, crc32)
-        total += int(flat.view(WORDS[flat.dtype.itemsize]).sum(dtype=np.uint64))
-    return crc32, total % 2**32
-
-
-def _grid(shape: mapping.Shape, chunk: mapping.Shape) -> Iterator[mapping.Box]:
-    axes = [[slice(at, min(at + step, size)) for at in range(0, size, step)] for size, step in zip(shape, chunk)]
-    return itertools.product(*axes)
-
-
-def _chunk(array: tensorstore.TensorStore) -> mapping.Shape:
-    return array.chunk_layout.read_chunk.shape

@@ -6,22 +6,23 @@ A record (JSON) tells what a unit's bits are; `stored` makes it anew from what l
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from llama4_jax.checkpoint import assembly, hf, layouts, mapping, meta, native, tensors
+from llama4_jax.checkpoint import assembly, hf, items, layouts, mapping, meta, native, tensors
+from llama4_jax.checkpoint.items import Record
 from llama4_jax.checkpoint.leaves import Leaves, whole
 
 READ_BYTES = 1 << 24
 
-Record = dict[str, Any]
 Transform = Callable[[str, np.ndarray], np.ndarray]  # path, parameter -> the same shape in the dtype to be stored
 
 
@@ -102,17 +103,17 @@ class Native:
         (folder / native.PARAMETERS).mkdir(exist_ok=True)
 
     def write(self, folder: pathlib.Path, unit: str) -> Record:
-        shape = self._source.specs[unit][0]
-        leaf = self._source.window(unit, whole(shape))
+        spec, window = self._source.specs[unit], functools.partial(self._source.window, unit)
         if self._transform is not None:
-            leaf = self._transform(unit, leaf)
-            if leaf.shape != shape:
-                raise ValueError(f"{unit}: the transform must keep the shape {shape}, got {leaf.shape}")
-        with native.Writer(folder) as writer:
-            return writer.write(unit, leaf)
+            leaf = self._transform(unit, window(whole(spec[0])))
+            if leaf.shape != spec[0]:
+                raise ValueError(f"{unit}: the transform must keep the shape {spec[0]}, got {leaf.shape}")
+            spec, window = (leaf.shape, leaf.dtype), leaf.__getitem__
+        with items.Writer() as writer:
+            return writer.write(native.item(folder, unit), spec, self._source.axis(unit), window)
 
     def stored(self, folder: pathlib.Path, unit: str) -> Record:
-        return native.stored_record(folder, unit)
+        return items.stored_record(native.item(folder, unit))
 
     def finish(self, folder: pathlib.Path, records: Mapping[str, Record]) -> None:
         for path in (folder / native.PARAMETERS).iterdir():

@@ -1,0 +1,169 @@
+"""One array as an Orbax item {"array": ...}, written block by block, read by any part, and checked.
+
+Orbax's own handlers want an array whole, and copy it while the disk is slow; here Orbax is taught a kind of leaf that
+comes in blocks. What lies on disk is an item as any other, in uncompressed zarr chunks of at most CHUNK_BYTES, that Orbax
+restores into any sharding. Reading is by tensorstore, with which Orbax reads too, because Orbax restores whole arrays only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import math
+import pathlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from llama4_jax.checkpoint import mapping, tensors
+from llama4_jax.checkpoint.leaves import pieces, whole
+
+CHUNK_BYTES = 1 << 24
+WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}]
+
+Record = dict[str, Any]  # what tells whether an array is the same: shape, dtype, crc32, sum
+
+
+class Checksums:
+    """What tells whether an array is the same, of its chunks in whatever order: `crc32` and `sum`."""
+
+    def __init__(self):
+        self.crc32 = self.sum = 0
+
+    def add(self, box: mapping.Box, block: np.ndarray, chunk: mapping.Shape) -> None:
+        """Counts `block`, which is `box` of the array and made of whole chunks."""
+        for part in _grid(box, chunk):
+            flat = np.ascontiguousarray(block[mapping.within(part, box)]).reshape(-1)
+            place = repr([each.start for each in part]).encode()
+            self.crc32 = (self.crc32 + zlib.crc32(flat.view(np.uint8), zlib.crc32(place))) % 2**32
+            self.sum = (self.sum + int(flat.view(WORDS[flat.dtype.itemsize]).sum(dtype=np.uint64))) % 2**32
+
+    def record(self, shape: mapping.Shape, dtype: np.dtype) -> Record:
+        return {"shape": list(shape), "dtype": str(dtype), "crc32": self.crc32, "sum": self.sum}
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """An array on its way to disk, block by block: `window(box)` makes any part of it, cheaply along `axis`."""
+
+    shape: mapping.Shape
+    dtype: np.dtype
+    axis: int
+    window: Callable[[mapping.Box], np.ndarray]
+    checksums: Checksums
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def chunk(self) -> mapping.Shape:
+        """The shape of what is stored together, of at most CHUNK_BYTES: some steps of `axis`, or a part of one."""
+        shape = list(self.shape)
+        step = self.nbytes // shape[self.axis]
+        shape[self.axis] = min(shape[self.axis], max(1, CHUNK_BYTES // step))
+        while math.prod(shape) * self.dtype.itemsize > CHUNK_BYTES:
+            widest = shape.index(max(shape))
+            shape[widest] = -(-shape[widest] // 2)
+        return tuple(shape)
+
+    def blocks(self) -> Iterator[mapping.Box]:
+        """The whole in parts of whole chunks, in the order of `axis`."""
+        step = self.chunk[self.axis]
+        for piece in pieces(slice(0, -(-self.shape[self.axis] // step)), step * self.nbytes // self.shape[self.axis]):
+            span = slice(piece.start * step, min(piece.stop * step, self.shape[self.axis]))
+            yield mapping.with_part(whole(self.shape), self.axis, span)
+
+
+class _StreamedHandler(ocp.type_handlers.NumpyHandler):
+    """Teaches Orbax to write a `Streamed`, as one array that it reads back as any other."""
+
+    def memory_size(self, values: Sequence[Streamed]) -> Sequence[tuple[int, int]]:
+        return [(value.nbytes, value.nbytes) for value in values]
+
+    async def serialize(self, values: Sequence[Streamed], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+        for value, info in zip(values, infos):
+            await info.await_path_creation()
+            array = await tensorstore.open(
+                {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{info.parent_dir / info.name}/"}},
+                create=True,
+                dtype=value.dtype.name,
+                shape=value.shape,
+                chunk_layout=tensorstore.ChunkLayout(chunk_shape=value.chunk),
+                codec=tensorstore.CodecSpec({"driver": "zarr3", "codecs": CODECS}),
+            )
+            for box in value.blocks():
+                block = value.window(box)
+                value.checksums.add(box, block, value.chunk)
+                await array[box].write(block, can_reference_source_data_indefinitely=True)
+        return []
+
+
+class Writer:
+    """Writes items, one at a time. Use it as a context manager."""
+
+    def __init__(self):
+        registry = ocp.type_handlers.create_type_handler_registry((Streamed, _StreamedHandler()))
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
+        self._checkpointer = ocp.Checkpointer(handler)
+
+    def __enter__(self) -> Writer:
+        logging.getLogger("absl").addFilter(_is_news)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._checkpointer.close()
+        logging.getLogger("absl").removeFilter(_is_news)
+
+    def write(
+        self, item: pathlib.Path, spec: tensors.Spec, axis: int, window: Callable[[mapping.Box], np.ndarray]
+    ) -> Record:
+        """Writes the array of which `window` makes any part, over what was there; returns its record.
+
+        Blocks are divided along `axis`. The item appears when it is complete.
+        """
+        streamed = Streamed(*spec, axis, window, Checksums())
+        save = ocp.args.PyTreeSave({"array": streamed})
+        self._checkpointer.save(item.absolute(), args=save, force=True)
+        return streamed.checksums.record(*spec)
+
+
+def stored_record(item: pathlib.Path) -> Record:
+    """The record of an item as it is on disk now; raises ValueError where it cannot be read."""
+    array, checksums = open_array(item), Checksums()
+    chunk = array.chunk_layout.read_chunk.shape
+    try:
+        for box in _grid(whole(array.shape), chunk):
+            checksums.add(box, array[box].read().result(), chunk)
+    except ValueError as error:
+        raise ValueError(f"{item} cannot be read: {error}") from error
+    return checksums.record(array.shape, array.dtype.numpy_dtype)
+
+
+def open_array(item: pathlib.Path) -> tensorstore.TensorStore:
+    """The array of an item, of which any part can be read."""
+    place = (item / "array").absolute()
+    if not (place / "zarr.json").is_file():
+        raise FileNotFoundError(f"{place / 'zarr.json'} is missing; the checkpoint is incomplete, copy it again")
+    kvstore = {"driver": "file", "path": f"{place}/"}
+    return tensorstore.open({"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}).result()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for Orbax's warning, one a parameter, that it merges no OCDBT files; there are none by design."""
+    return "Skipping merge of OCDBT" not in record.getMessage()
+
+
+def _grid(box: mapping.Box, chunk: mapping.Shape) -> Iterator[mapping.Box]:
+    """The chunks in a box that starts with one."""
+    axes = [
+        [slice(at, min(at + step, part.stop)) for at in range(part.start, part.stop, step)]
+        for part, step in zip(box, chunk)
+    ]
+    return itertools.product(*axes)
