@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 
 import tiktoken
 
-from llama4_jax.tokenizer import slices, special
+from llama4_jax.tokenizer import hf_file, slices, special
 
 # Words are cut at a change from lower to upper case and keep English contractions; digits go by threes.
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
@@ -121,15 +121,20 @@ class Tokenizer:
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer in a tiktoken-format file, expanded or not.
+    """The tokenizer in a tiktoken-format file, expanded or not, or in a `tokenizer.json` that says the same.
 
-    Raises ValueError, naming file and line, for anything but base64 bytes and gapless ranks.
+    Raises ValueError, naming file and line, for anything but base64 bytes and gapless ranks, and NotImplementedError for
+    a `tokenizer.json` of another kind (see `hf_file`).
     """
     return Tokenizer(read(path))
 
 
 def read(path: str | os.PathLike) -> dict[bytes, int]:
-    """Bytes of each token in a tiktoken-format file -> rank; as strict as `load`."""
+    """Bytes of each token in a file that `load` takes -> rank; as strict."""
+    if pathlib.Path(path).suffix == ".json":
+        ranks = hf_file.read(path, SPLIT_PATTERN)
+        _check(ranks, path)
+        return ranks
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(pathlib.Path(path).read_bytes().splitlines(), start=1):
         if not line:

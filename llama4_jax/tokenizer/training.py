@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from llama4_jax.tokenizer import bpe, special
+from llama4_jax.tokenizer import bpe, hf_file, special
 
 
 def train(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> bpe.Tokenizer:
@@ -66,7 +66,7 @@ def merges(texts: Iterable[str], most: int, *, min_count: int = 0) -> dict[bytes
         show_progress=False,
     )
     model.train_from_iterator(texts, trainer)
-    byte_of = _byte_alphabet()
+    byte_of = hf_file.byte_alphabet()
     return {bytes(byte_of[letter] for letter in token): rank for token, rank in model.get_vocab().items()}
 
 
@@ -85,16 +85,6 @@ def _merge(texts: list[str], base: int) -> dict[bytes, int]:
             f"give more text or vocab_size <= {len(ranks) + len(special.USED)}"
         )
     return ranks
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The letter that stands for each byte in byte-level BPE -> that byte.
-
-    Printable Latin-1 stands for itself; the other bytes, in order, for the letters from U+0100 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others: Iterator[int] = iter(range(0x100, 0x200))
-    return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
 
 
 def _digest(texts: list[str], vocab_size: int) -> str:
