@@ -57,13 +57,15 @@ class _Shared:
     licences: Mapping[str, str]
     forbidden: decontaminate.Forbidden
     profiles: Profiles | None
+    num_workers: int
 
     @functools.cached_property
     def annotator(self):
         # Here and no sooner: TensorFlow costs 5 s and 760 MB, and a process that only hands out jobs needs none of it.
         from llama4_jax.data.preparation import annotate, normalise
 
-        normalise.one_thread()
+        if self.num_workers > 1:
+            normalise.one_thread()
         return annotate.Annotator(self.settings, self.licences, self.forbidden, self.profiles)
 
 
@@ -92,8 +94,8 @@ def run(
         every = {f"{name}/{item}": text for name, texts in evaluation.items() for item, text in texts.items()}
         forbidden = decontaminate.forbid(every, settings.overlap)
         licences = {source.name: source.licence for source in sources}
-        shared = _Shared(ledger.folder, settings, licences, forbidden, profiles)
-        seconds, megabytes = _prepare(items, shared, ledger, num_workers, evaluation)
+        shared = _Shared(ledger.folder, settings, licences, forbidden, profiles, num_workers)
+        seconds, megabytes = _prepare(items, shared, ledger, evaluation)
     else:
         seconds, megabytes = {}, 0.0
     if not keep_work:
@@ -108,11 +110,11 @@ def _finished(ledger: Ledger) -> bool:
     return all(ledger.has(shard["file"]) for shard in read.manifest(ledger.folder)["shards"])
 
 
-def _prepare(items, shared: _Shared, ledger: Ledger, num_workers: int, evaluation):
+def _prepare(items, shared: _Shared, ledger: Ledger, evaluation):
     """Does what is missing; (seconds by stage, megabytes annotated)."""
     (ledger.folder / WORK).mkdir(exist_ok=True)
     parts = list(_parts(items, shared.settings.part_bytes))
-    with workers.pool(num_workers, shared) as run_jobs:
+    with workers.pool(shared.num_workers, shared) as run_jobs:
         seconds, megabytes = _annotate(parts, ledger, run_jobs)
         begin = time.process_time()
         arrays = load(ledger.folder)
