@@ -178,3 +178,13 @@ def test_a_vocabulary_with_a_hole_is_refused(written, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(other))
     with pytest.raises(NotImplementedError, match="special tokens are not those behind"):
         tokenizer.load(tmp_path / "tokenizer.json")
+
+
+def test_a_vocabulary_without_one_of_the_bytes_is_refused(written, tmp_path):
+    other = copy.deepcopy(written)
+    vocabulary = other["model"]["vocab"]
+    vocabulary["ZZZ"] = vocabulary.pop("A")
+    other["model"]["merges"] = [pair for pair in other["model"]["merges"] if "A" not in pair]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="1 of the 256 single bytes have no rank, first 0x41"):
+        tokenizer.load(tmp_path / "tokenizer.json")
