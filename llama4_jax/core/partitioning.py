@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")
 LOGICAL_AXES = ("vocab", "embed", "heads", "kv_heads", "head_dim", "gate_up", "mlp", "experts", "patch", "layers")
@@ -77,7 +77,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def spec(axes: Sequence[str], shape: Sequence[int], placement: Placement, mesh: Mesh) -> PartitionSpec:
+def mesh_in_use() -> AbstractMesh | None:
+    """The mesh that `jax.set_mesh` has set, if it is one of `make_mesh` and has more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.axis_names == MESH_AXES and mesh.size > 1 else None
+
+
+def spec(axes: Sequence[str], shape: Sequence[int], placement: Placement, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How an array with these logical axes and this shape is split.
 
     Raises ValueError where one mesh axis would split two axes of the array, and where a size is not divisible by the

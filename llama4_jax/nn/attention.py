@@ -108,31 +108,29 @@ class DecoderAttention(nnx.Module):
 
     def _attend(self, query, key, value, context: Context, cache: LayerCache | None):
         chunk_size = self.config.chunk_size if self.kind.attention is Attention.CHUNKED else None
-        key_positions, key_segments, query_segments = context.positions, context.segments, context.segments
-        if cache is not None:
-            old, cache = cache, _write(cache, key, value, context)
-            if chunk_size is None or key.shape[1] == 1:
-                # All that the query may see is in the cache by now.
-                key, value = (einops.rearrange(x, "b k s h -> b s k h") for x in (cache.keys, cache.values))
-                key_positions = _held_positions(cache.slots, _lengths_after(context))
-            else:
-                # Of several new tokens, early ones may still need keys that later ones have just replaced.
-                old_key, old_value = (einops.rearrange(x, "b k s h -> b s k h") for x in (old.keys, old.values))
-                key = jnp.concatenate([old_key, key.astype(old_key.dtype)], axis=1)
-                value = jnp.concatenate([old_value, value.astype(old_value.dtype)], axis=1)
-                held = _held_positions(old.slots, context.lengths)
-                key_positions = jnp.concatenate([held, context.positions], axis=1)
-            # A cached row is one document.
-            query_segments = (context.positions >= 0).astype(jnp.int32)
-            key_segments = (key_positions >= 0).astype(jnp.int32)
+        if cache is None:
+            return kernels.attend_sequence(query, key, value, context.positions, context.segments, chunk_size), None
+        old, cache = cache, _write(cache, key, value, context)
+        if chunk_size is None or key.shape[1] == 1:
+            # All that the query may see is in the cache by now.
+            key, value = (einops.rearrange(x, "b k s h -> b s k h") for x in (cache.keys, cache.values))
+            key_positions = _held_positions(cache.slots, _lengths_after(context))
+        else:
+            # Of several new tokens, early ones may still need keys that later ones have just replaced.
+            old_key, old_value = (einops.rearrange(x, "b k s h -> b s k h") for x in (old.keys, old.values))
+            key = jnp.concatenate([old_key, key.astype(old_key.dtype)], axis=1)
+            value = jnp.concatenate([old_value, value.astype(old_value.dtype)], axis=1)
+            held = _held_positions(old.slots, context.lengths)
+            key_positions = jnp.concatenate([held, context.positions], axis=1)
         attended = kernels.attend(
             query,
             key.astype(query.dtype),
             value.astype(query.dtype),
             query_positions=context.positions,
             key_positions=key_positions,
-            query_segments=query_segments,
-            key_segments=key_segments,
+            # A cached row is one document.
+            query_segments=(context.positions >= 0).astype(jnp.int32),
+            key_segments=(key_positions >= 0).astype(jnp.int32),
             chunk_size=chunk_size,
         )
         return attended, cache

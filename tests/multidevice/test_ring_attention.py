@@ -37,6 +37,12 @@ def spread_inputs(name, devices, zigzag, dtype=jnp.float32):
     return workload, jax.tree.map(lay_out, arrays), jax.tree.map(lay_out, workload.tokens())
 
 
+def over(devices, blocking=None):
+    """Ring attention over the first few devices."""
+    mesh = Mesh(jax.devices()[:devices], ("context",))
+    return ring.over_mesh(mesh, PartitionSpec(None, "context", None, None), blocking=blocking)
+
+
 def output_and_gradients(attend, arrays, tokens, chunk_size):
     def call(query, key, value):
         return attend(query, key, value, **tokens, chunk_size=chunk_size)
@@ -63,37 +69,31 @@ def check(attend, workload, arrays, tokens):
 @pytest.mark.parametrize("name, devices, zigzag", CASES)
 def test_a_ring_equals_the_reference(name, devices, zigzag):
     workload, arrays, tokens = spread_inputs(name, devices, zigzag)
-    attend = ring.over_mesh(
-        Mesh(jax.devices()[:devices], ("context",)),
-        context="context",
-        blocking=Blocking(queries=8, keys=4, chunk_size=workload.chunk_size),
-    )
-    check(attend, workload, arrays, tokens)
+    check(over(devices, Blocking(queries=8, keys=4, chunk_size=workload.chunk_size)), workload, arrays, tokens)
 
 
 def test_bfloat16_is_merged_in_float32():
     workload, arrays, tokens = spread_inputs("packed_global", 4, True, jnp.bfloat16)
-    check(ring.over_mesh(Mesh(jax.devices()[:4], ("context",)), context="context"), workload, arrays, tokens)
+    check(over(4), workload, arrays, tokens)
 
 
 def test_a_ring_goes_with_rows_and_heads_spread_over_other_axes():
     workload, arrays, tokens = spread_inputs("packed", 2, True)
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "context", "tensor"))
-    check(ring.over_mesh(mesh, context="context", batch=("data",), heads="tensor"), workload, arrays, tokens)
+    check(ring.over_mesh(mesh, PartitionSpec("data", "context", "tensor", None)), workload, arrays, tokens)
 
 
 def test_a_row_that_sees_nothing_anywhere_gives_zeros():
     workload, arrays, tokens = spread_inputs("causal", 4, False)
     blind = tokens | {"query_segments": tokens["query_segments"].at[1].set(7)}
-    attend = ring.over_mesh(Mesh(jax.devices()[:4], ("context",)), context="context")
-    for value in output_and_gradients(attend, arrays, blind, None).values():
+    for value in output_and_gradients(over(4), arrays, blind, None).values():
         assert not np.asarray(value[1]).any() and np.isfinite(value[0]).all() and np.asarray(value[0]).any()
 
 
 def compiled(devices, piece):
     """The gradient of a ring of `devices` with `piece` tokens each."""
+    attend = over(devices, Blocking(queries=32, keys=32, chunk_size=None))
     mesh = Mesh(jax.devices()[:devices], ("context",))
-    attend = ring.over_mesh(mesh, context="context", blocking=Blocking(queries=32, keys=32, chunk_size=None))
     place = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))  # noqa: E731
     array = jax.ShapeDtypeStruct((1, devices * piece, 4, 16), jnp.float32, sharding=place(None, "context"))
     token = jax.ShapeDtypeStruct((1, devices * piece), jnp.int32, sharding=place(None, "context"))

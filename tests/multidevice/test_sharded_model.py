@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -98,11 +99,13 @@ def test_weights_gradients_a_step_and_decoding_do_not_depend_on_the_mesh(config,
 
     for name, weight in names.split(make())[1].items():
         np.testing.assert_array_equal(weight, alone["params"][name], err_msg=name)
-    for name, gradient in gradients(make(), placed).items():
+    with jax.set_mesh(mesh):
+        found = gradients(make(), placed)
+        params, metrics = train(make(), placed)
+    for name, gradient in found.items():
         scale = np.abs(alone["gradients"][name]).max() + 1e-3
         np.testing.assert_allclose(gradient / scale, alone["gradients"][name] / scale, atol=TOLERANCE, err_msg=name)
 
-    params, metrics = train(make(), placed)
     wanted_params, wanted_metrics = alone["trained"]
     for name, value in metrics.items():
         np.testing.assert_allclose(value, wanted_metrics[name], rtol=1e-4, atol=TOLERANCE, err_msg=name)
@@ -130,3 +133,19 @@ def test_a_checkpoint_loads_into_its_shards(config, tmp_path, sizes):
         np.testing.assert_array_equal(weight, names.split(model)[1][name])
         assert weight.sharding == wanted[name], name
         assert weight.addressable_shards[0].data.shape == wanted[name].shard_shape(weight.shape)
+
+
+def test_keys_travel_round_the_devices_that_share_a_row_and_are_never_gathered(config):
+    """One attention layer of each kind, in the model as it is compiled."""
+    mesh = partitioning.make_mesh({"context": 4, "data": 2})
+    text = dataclasses.replace(config.text, moe=dataclasses.replace(config.text.moe, step=0))
+    model = initialise(dataclasses.replace(config, text=text), mesh=mesh)
+    tokens = jax.device_put(
+        np.ones((2, 256), np.int32), partitioning.batch_sharding((2, 256), partitioning.TRAIN, mesh)
+    )
+    with jax.set_mesh(mesh):
+        program = jax.jit(lambda model, tokens: model.hidden(tokens).hidden).lower(model, tokens).compile().as_text()
+    assert "collective-permute" in program
+    gathered = re.findall(r"= (\S+?)\{\S+ all-gather\(", program)
+    # Of what belongs to tokens only whole numbers are: they count the positions. The rest are weights, split over embed.
+    assert gathered and not [shape for shape in gathered if shape[0] != "s" and re.search("256|128", shape)], gathered

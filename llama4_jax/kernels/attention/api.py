@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from llama4_jax.kernels.attention import blockwise, few_queries, reference
+from llama4_jax.core import partitioning
+from llama4_jax.kernels.attention import blockwise, few_queries, reference, ring
 
 IMPLEMENTATIONS = {
     "reference": reference.attend,
@@ -79,6 +81,33 @@ def attend(
             key_segments=key_segments,
             chunk_size=chunk_size,
         )
+
+
+def attend_sequence(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    chunk_size: int | None,
+) -> jax.Array:
+    """`attend` of a whole sequence to itself, spread over the mesh in use (`jax.set_mesh`) if there is one.
+
+    Then rows, length and heads are cut as `partitioning.TRAIN` says, and keys travel round the devices that share a row.
+    Raises ValueError where a size is not divisible by the devices that share it.
+    """
+    tokens = {"query_positions": positions, "key_positions": positions}
+    tokens |= {"query_segments": segments, "key_segments": segments}
+    mesh = partitioning.mesh_in_use()
+    if mesh is None:
+        return attend(query, key, value, **tokens, chunk_size=chunk_size)
+    _check(query, key, value, chunk_size)
+    _check_tokens("query", query, positions, segments)
+    spec = partial(partitioning.spec, placement=partitioning.TRAIN, mesh=mesh)
+    spec(("batch", "time", "kv_heads", "head_dim"), key.shape)  # keys are cut as queries are, and there are fewer heads
+    queries = spec(("batch", "time", "heads", "head_dim"), query.shape)
+    with jax.named_scope("attend"):
+        return ring.over_mesh(mesh, queries)(query, key, value, **tokens, chunk_size=chunk_size)
 
 
 def choose(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> str:

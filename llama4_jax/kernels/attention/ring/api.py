@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from llama4_jax.kernels.attention import blockwise
 from llama4_jax.kernels.attention.blocks import Blocking
 from llama4_jax.kernels.attention.ring import portable
 
 
 def over_mesh(
-    mesh: Mesh,
-    *,
-    context: str,
-    batch: Sequence[str] = (),
-    heads: str | None = None,
-    blocking: Blocking | None = None,
+    mesh: Mesh | AbstractMesh, arrays: PartitionSpec, *, blocking: Blocking | None = None
 ) -> Callable[..., jax.Array]:
-    """A function like `reference.attend` for arrays that are spread over `mesh`.
+    """A function like `reference.attend` for queries [b t n h], keys and values [b s k h] spread over `mesh` as `arrays`.
 
-    Lengths are cut over the mesh axis `context`, the batch over `batch`, and heads, those of keys too, over `heads`. Every
-    size must be divisible by the devices that share it; pad lengths with tokens of segment 0.
+    That names the mesh axes of batch, length, heads and head_dim. The axis of the length is the ring; None, where it is
+    whole on each device, needs no ring. Pad lengths with tokens of segment 0 where devices do not divide them.
     """
-    if context not in mesh.shape:
-        raise ValueError(f"context={context!r} is no axis of the mesh, which has {', '.join(mesh.shape)}")
-    tokens = PartitionSpec(tuple(batch) or None, context)
-    arrays = PartitionSpec(*tokens, heads, None)
+    batch, context, *_ = arrays
+    if context is not None and context not in mesh.shape:
+        raise ValueError(f"the ring's axis {context!r} is no axis of the mesh, which has {', '.join(mesh.shape)}")
+    tokens = PartitionSpec(batch, context)
+    piece = partial(portable.attend, axis_name=context) if context else blockwise.attend
 
     def attend(query, key, value, *, query_positions, key_positions, query_segments, key_segments, chunk_size):
         def local(query, key, value, query_positions, key_positions, query_segments, key_segments):
-            return portable.attend(
+            return piece(
                 query,
                 key,
                 value,
@@ -41,7 +38,6 @@ def over_mesh(
                 query_segments=query_segments,
                 key_segments=key_segments,
                 chunk_size=chunk_size,
-                axis_name=context,
                 blocking=blocking,
             )
 
