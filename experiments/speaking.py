@@ -13,11 +13,11 @@ from flax import nnx
 from llama4_jax import checkpoint, infer
 from llama4_jax import config as configs
 from llama4_jax import tokenizer as tokenizers
-from llama4_jax.checkpoint import store
+from llama4_jax.checkpoint import native, store
 from llama4_jax.core import names
 from llama4_jax.model import Llama4
 
-MODEL = flags.DEFINE_string("model", "runs/nano", "folder of a run of ours, or in Hugging Face's layout")
+MODEL = flags.DEFINE_string("model", "runs/nano", "folder of a run, or a checkpoint: ours or Hugging Face's")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "tiktoken-format file; default: tokenizer.model in the folder")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "tokens to add at most", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token")
@@ -38,7 +38,9 @@ def open_checkpoint() -> tuple[tokenizers.Tokenizer, Llama4]:
 
 
 def load(folder: pathlib.Path, dtype: str) -> Llama4:
-    """The model of a run of ours (it has `checkpoints`), or of a Hugging Face folder."""
+    """The model of a run of ours (it has `checkpoints`), of our own layout (a manifest) or of a Hugging Face folder."""
+    if (folder / native.MANIFEST).is_file():
+        return native.load_native(folder, dtype=dtype)
     if not (folder / "checkpoints").is_dir():
         return checkpoint.load_hf(folder, dtype=dtype)
     params, records = store.load_params(folder / "checkpoints")
