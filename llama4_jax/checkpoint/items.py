@@ -111,8 +111,9 @@ class Writer:
 
     def __init__(self):
         registry = ocp.type_handlers.create_type_handler_registry((Streamed, _StreamedHandler()))
-        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
-        self._checkpointer = ocp.Checkpointer(handler)
+        with _without_warnings():
+            handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
+            self._checkpointer = ocp.Checkpointer(handler)
 
     def __enter__(self) -> Writer:
         return self
