@@ -91,8 +91,10 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
     async def serialize(self, values: Sequence[Streamed], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
         for value, info in zip(values, infos):
             await info.await_path_creation()
+            kvstore = {"driver": "file", "path": f"{info.parent_dir / info.name}/"}
             array = await tensorstore.open(
-                {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{info.parent_dir / info.name}/"}},
+                # Zeros are stored as well: a chunk that is not there is always one that was lost.
+                {"driver": "zarr3", "kvstore": kvstore, "store_data_equal_to_fill_value": True},
                 create=True,
                 dtype=value.dtype.name,
                 shape=value.shape,

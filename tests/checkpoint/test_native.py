@@ -55,6 +55,12 @@ def test_a_bfloat16_model_saved_layer_by_layer_is_read_back_stacked(models, tmp_
     assert bits(native.load_native(tmp_path / "model")) == bits(half[True])
 
 
+def test_zeros_are_stored_as_well(tmp_path):
+    zeros = jax.tree.map(lambda leaf: leaf * 0, tiny.model(tiny.text_config(1)))
+    native.save_native(zeros, tmp_path / "model")
+    assert bits(native.load_native(tmp_path / "model")) == bits(zeros)
+
+
 def test_weights_are_converted_on_request(models, folder):
     loaded = native.load_native(folder, dtype="bfloat16")
     assert bits(loaded) == bits(jax.tree.map(lambda leaf: leaf.astype("bfloat16"), models[True]))
