@@ -89,7 +89,7 @@ def load_peft(model: Llama4, folder) -> Llama4:
         adapted = _adapted(model, document, reader.shapes)
         config = LoraConfig(
             rank=document["r"],
-            alpha=document["lora_alpha"],
+            alpha=float(document["lora_alpha"]),
             targets=tuple(sorted(adapted)),
             rank_stabilised=bool(document.get("use_rslora")),
         )
@@ -193,7 +193,7 @@ def _document(config: LoraConfig, targets: Mapping[str, list[str]], base_model: 
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": config.rank,
-        "lora_alpha": config.alpha,
+        "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,  # PEFT declares an int
         "use_rslora": config.rank_stabilised,
         "lora_dropout": 0.0,
         "bias": "none",

@@ -18,12 +18,12 @@ from llama4_jax.train import optim
 
 CONFIG = LoraConfig(rank=3, alpha=6.0, targets=("*",))
 TIME = 11  # chunks of 4
-# Five layers of at most 24 + 32 terms, and the output matrix; logits and hidden states stay below 30.
-TOLERANCE = budget.matmul_tolerance(jnp.float32, 5 * (24 + 32) + 32, magnitude=30.0)
+# Four layers of at most 24 + 32 terms, and the output matrix; logits and hidden states stay below 30.
+TOLERANCE = budget.matmul_tolerance(jnp.float32, 4 * (24 + 32) + 32, magnitude=30.0)
 
 
-def mixed_config(num_layers: int = 5):
-    """Chunked layers dense, global ones mixtures; five layers are two periods and one left over, two stand alone."""
+def mixed_config(num_layers: int = 4):
+    """Chunked layers dense, global ones mixtures; four layers are two periods in a stack, two stand alone."""
     config = tiny.text_config(num_layers)
     moe = dataclasses.replace(config.text.moe, step=2)
     return dataclasses.replace(config, text=dataclasses.replace(config.text, moe=moe))
@@ -54,7 +54,7 @@ def bits(model) -> dict[str, tuple]:
     return {name: (leaf.shape, str(leaf.dtype), np.asarray(leaf).tobytes()) for name, leaf in params.items()}
 
 
-@pytest.mark.parametrize("num_layers", [5, 2])
+@pytest.mark.parametrize("num_layers", [4, 2])
 def test_new_adapters_change_no_bit_of_the_logits(num_layers, tokens):
     plain = tiny.model(mixed_config(num_layers))
     attached = lora.attach(plain, CONFIG)
@@ -62,6 +62,8 @@ def test_new_adapters_change_no_bit_of_the_logits(num_layers, tokens):
     assert bits(lora.detach(attached)) == bits(plain)
     again, other = lora.attach(plain, CONFIG), lora.attach(plain, CONFIG, seed=1)
     assert bits(again) == bits(attached) != bits(other)
+    drawn = [value for name, value in bits(attached).items() if name.endswith("lora_a")]
+    assert len(set(drawn)) == len(drawn)  # each from a key of its own
 
 
 def test_merged_weights_give_the_logits_of_the_adapters(model, adapted, tokens):
@@ -76,7 +78,7 @@ def test_merged_weights_give_the_logits_of_the_adapters(model, adapted, tokens):
 def test_merging_and_unmerging_gives_every_bit_of_the_base_back(model, adapted):
     merged = lora.merge(adapted)
     changed = {name for name, value in bits(merged).items() if value != bits(model)[name]}
-    assert changed == set(lora.deltas(adapted)) and len(changed) == 20
+    assert changed == set(lora.deltas(adapted)) and len(changed) == 14
     restored = lora.unmerge(merged, adapted)
     assert bits(restored) == bits(model)
     assert jax.tree.structure(restored) == jax.tree.structure(model)
