@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -65,3 +67,26 @@ def test_printed_tables_line_up_and_files_are_whole(found):
 def test_the_smaller_vocabulary_is_the_beginning_of_the_larger(found):
     small, large = (tokenizer.load(found[0] / f"{size}.model").ranks for size in SIZES)
     assert small.items() <= large.items()
+
+
+def test_llama_3_cuts_texts_as_its_authors_do(root):
+    """Ids by Meta's own code. In a process of its own, since a script's flags are the process's."""
+    pytest.importorskip("llama_models", reason="the published vocabularies are those of the wheel llama-models")
+    cases = {
+        "HTTPServer parseXMLDocument camelCaseWord": [9412, 5592, 4820, 10833, 7676, 50252, 4301, 11116],
+        "1234567890": [4513, 10961, 16474, 15],
+        "\t\t\t  \n \n\n   end": [573, 2355, 4815, 256, 842],
+        "Привет, мир! Это тест.": [54745, 28089, 8341, 11, 115388, 0, 103874, 117092, 13],
+    }
+    code = f"""
+import importlib.util, json, pathlib
+from experiments import tokenizer_density
+from llama4_jax.tokenizer import bpe
+folder = pathlib.Path(importlib.util.find_spec("llama_models").origin).parent
+ranks = bpe.read(folder / "llama3" / "tokenizer.model")
+_, pieces = tokenizer_density.published()["Llama 3"]
+print(json.dumps([[ranks[piece] for piece in pieces(text)] for text in {list(cases)!r}]))
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert json.loads(process.stdout) == list(cases.values())
