@@ -18,6 +18,7 @@ x \- does the \fIright\fR thing
 \(lqM\(:unchen\(rq, caf\['e], \[u4E2D] and 2\(mu3\&.
 .de Xx
 .I hidden
+and this
 ..
 .nf
 a\\b \*(Aqq\*(Aq \s+2big\s0
