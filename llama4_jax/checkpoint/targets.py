@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import pathlib
-import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -116,9 +115,6 @@ class Native:
         return items.stored_record(native.item(folder, unit))
 
     def finish(self, folder: pathlib.Path, records: Mapping[str, Record]) -> None:
-        for path in (folder / native.PARAMETERS).iterdir():
-            if path.name not in records:
-                shutil.rmtree(path)  # what Orbax was writing when a process was killed
         native.write_manifest(folder, self._source.config, {path: records[path] for path in self.units})
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import logging
 import math
 import pathlib
 import pickle
@@ -25,6 +26,7 @@ import numpy as np
 
 from llama4_jax.checkpoint import tensors
 
+logger = logging.getLogger(__name__)
 STORAGES = {
     "FloatStorage": np.dtype(np.float32),
     "HalfStorage": np.dtype(np.float16),
@@ -67,6 +69,7 @@ class Reader:
     def __init__(self, path: pathlib.Path, archive: zipfile.ZipFile):
         self._path, self._archive = path, archive
         self._verified: set[str] = set()
+        self._reported: set[str] = set()
         (self._root,) = {name.split("/")[0] for name in archive.namelist()} or {""}
         if self._member("byteorder", b"little") != b"little":
             raise ValueError(f"{path}: numbers are big-endian; save it again on a common machine")
@@ -87,6 +90,8 @@ class Reader:
         if not isinstance(tensor, Stored):
             raise ValueError(f"{self._path}: {key} is no tensor of {', '.join(STORAGES)}")
         place = self._place(tensor) if rows != slice(None) else None
+        if place is None and rows != slice(None):
+            self._report(key)
         if place is not None:
             return tensors.read_rows(self._path, place, tensor.shape, tensor.dtype, rows)
         flat = np.frombuffer(self._member(f"data/{tensor.member}"), tensor.dtype)
@@ -110,6 +115,11 @@ class Reader:
             file.seek(member.header_offset + 26)  # of the member's own header: the lengths of its name and extras
             name, extra = int.from_bytes(file.read(2), "little"), int.from_bytes(file.read(2), "little")
         return member.header_offset + 30 + name + extra + tensor.offset * tensor.dtype.itemsize
+
+    def _report(self, key: str) -> None:
+        if key not in self._reported:
+            self._reported.add(key)
+            logger.warning("%s: %s does not lie row by row as it is; each part of it reads the whole", self._path, key)
 
     def _verify(self, member: zipfile.ZipInfo) -> None:
         """Reads a member once, which compares its checksum, a little at a time."""

@@ -146,6 +146,14 @@ def test_changed_bits_are_found_by_the_sum_and_by_the_bytes(models, tmp_path):
         items.stored_record(native.item(tmp_path / "model", path))
         != native.NativeLeaves(tmp_path / "model").records[path]
     )
+    content[5] ^= 1
+    content[:4], content[4:8] = content[4:8], content[:4]
+    chunk.write_bytes(content)  # the sum stays, the order does not
+    found, wanted = (
+        items.stored_record(native.item(tmp_path / "model", path)),
+        native.NativeLeaves(tmp_path / "model").records[path],
+    )
+    assert found["sum"] == wanted["sum"] and found["crc32"] != wanted["crc32"]
     chunk.unlink()
     with pytest.raises(ValueError, match="query.kernel"):
         items.stored_record(native.item(tmp_path / "model", path))

@@ -50,6 +50,25 @@ def test_tensors_of_every_kind_are_read():
         np.testing.assert_array_equal(found[key], tensor)
 
 
+def test_rows_are_those_of_the_whole_tensor_and_a_detour_is_reported(caplog):
+    wanted = read_all(SAVED)
+    with torch_files.open_file(SAVED) as reader:
+        for key, tensor in wanted.items():
+            for rows in (slice(0, 2), slice(1, 2), slice(2, 4)) if tensor.shape else ():
+                np.testing.assert_array_equal(reader.read(key, rows), tensor[rows], err_msg=key)
+        assert reader.read("scalar", slice(0, 1)) == 7
+    assert sorted(message.split()[1] for message in caplog.messages) == ["part", "transposed"]
+
+
+def test_damage_is_found_by_the_first_reading_of_rows(tmp_path):
+    content = bytearray(SAVED.read_bytes())
+    content[content.find(COUNT.tobytes()) + 60] ^= 1  # in the third row
+    (tmp_path / "flipped.pth").write_bytes(content)
+    with torch_files.open_file(tmp_path / "flipped.pth") as reader:
+        with pytest.raises(ValueError, match="the file is damaged"):
+            reader.read("float", slice(0, 1))
+
+
 def test_what_is_no_float_tensor_is_there_but_cannot_be_read():
     with torch_files.open_file(SAVED) as reader:
         for key in ("layers.0._extra_state", "integers", "eight_bits"):
