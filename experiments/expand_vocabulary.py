@@ -3,14 +3,15 @@
 Claim:     1,024 new tokens shorten the text they were learnt for, on held-out documents; the old ids stay, and rows that
            start as the mean of their parts cost the model less, and are trained sooner, than rows drawn at random.
 Command:   python -m experiments.expand_vocabulary --model runs/nano --output runs/nano_expanded
-           (a run of `pretrain_nano`, or a Hugging Face folder with a tokenizer.model)
+           (a run of `pretrain_nano`, a checkpoint of ours or a Hugging Face folder, with a tokenizer.model)
 Hardware:  2 CPU cores; 3 minutes for the nano model, 15 seconds with --steps 0.
 Expected:  for the nano model 0.85 of the tokens, within 0.02; bits per byte with rows from their parts below those with
            random rows, by 0.05 or more before training and after 200 steps, and below the old vocabulary's after them.
 
---output gets the model before any training, in the layout in which it came, and its tokenizer.model: what to train on
-from. The text is Python's standard library, code and documentation. Training is measured with the old vocabulary too,
-for as many steps of as many tokens; a denser vocabulary reads more text in these.
+--output gets the model before any training, to train on from, and its tokenizer.model: a Hugging Face folder if the
+model came as one, else a checkpoint in our own layout. The text is Python's standard library, code and documentation.
+Training is measured with the old vocabulary too, for as many steps of as many tokens; a denser vocabulary reads more
+text in these.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from absl import app, flags
 
 from experiments import output, speaking
 from llama4_jax import checkpoint
-from llama4_jax import config as configs
 from llama4_jax import tokenizer as tokenizers
-from llama4_jax.checkpoint import store
+from llama4_jax.checkpoint import native
 from llama4_jax.config.data import DataConfig
 from llama4_jax.config.train import OptimizerConfig, TrainConfig
 from llama4_jax.core import names
@@ -99,12 +99,10 @@ def trained(model: Llama4, tok: tokenizers.Tokenizer) -> Llama4:
 
 
 def save(model: Llama4, folder: pathlib.Path) -> None:
-    """Writes the checkpoint to `folder` in the layout in which --model came."""
-    if (pathlib.Path(speaking.MODEL.value) / "checkpoints").is_dir():
-        with store.Store(folder / "checkpoints", keep=1) as checkpoints:
-            checkpoints.save(0, {"params": names.split(model)[1]}, {"model_config": configs.to_dict(model.config)})
-    else:
-        checkpoint.save_hf(model, folder)
+    """Writes the checkpoint to `folder`: in our own layout if --model is ours, else in Hugging Face's."""
+    source = pathlib.Path(speaking.MODEL.value)
+    ours = (source / "checkpoints").is_dir() or (source / native.MANIFEST).is_file()
+    (native.save_native if ours else checkpoint.save_hf)(model, folder)
 
 
 def main(_) -> None:

@@ -23,7 +23,7 @@ def expanded(toy_run, script, tmp_path_factory):
     return folder, json.loads((folder.parent / "out.json").read_text())
 
 
-def test_a_run_comes_back_as_a_run_with_new_rows_from_their_parts(toy_run, expanded):
+def test_a_run_comes_back_as_a_checkpoint_of_ours_with_new_rows_from_their_parts(toy_run, expanded):
     folder, _ = expanded
     old, new = (tokenizer.load(place / "tokenizer.model") for place in (toy_run.folder, folder))
     before, after = (speaking.load(place, "float32") for place in (toy_run.folder, folder))
