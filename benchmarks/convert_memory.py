@@ -79,7 +79,10 @@ def make(folder: pathlib.Path, layers: int, vision_layers: int, seed: int) -> No
 
 
 def timed(command: list[str]) -> dict[str, float]:
-    """Runs a command; its seconds, its peak of resident memory, and the share of the cores that others used."""
+    """Runs a command; its seconds, its peak of resident memory, and the share of the cores that others used.
+
+    This process must be small: the kernel counts what it has as its child's, until the child becomes another program.
+    """
     before = machine.snapshot()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
