@@ -3,7 +3,7 @@
 The target comes about in `TARGET.partial` beside it, with a ledger of what is finished. A conversion that was killed
 goes on where it was when the same is asked for again. At the end all is read back and compared with the checksums of
 what was written, and the folder is renamed. Neither a checkpoint nor its largest tensor is ever in memory whole, but for
-the parameter that Orbax is writing.
+the parameter that a transform is given.
 """
 
 from __future__ import annotations
