@@ -18,7 +18,9 @@ from llama4_jax.core import names
 from llama4_jax.model import Llama4
 
 MODEL = flags.DEFINE_string("model", "runs/nano", "folder of a run, or a checkpoint: ours or Hugging Face's")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "tiktoken-format file; default: tokenizer.model in the folder")
+TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "tiktoken-format file or tokenizer.json; default: that in the folder"
+)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "tokens to add at most", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token")
 TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k likeliest tokens; 0: from all")
@@ -31,9 +33,12 @@ def open_checkpoint() -> tuple[tokenizers.Tokenizer, Llama4]:
     """The tokenizer and the model that the flags name."""
     logging.set_verbosity(logging.WARNING)  # what libraries report of their work would cut the text in pieces
     folder = pathlib.Path(MODEL.value)
-    path = pathlib.Path(TOKENIZER.value) if TOKENIZER.value else folder / "tokenizer.model"
+    usual = [folder / "tokenizer.model", folder / "tokenizer.json"]
+    path = pathlib.Path(TOKENIZER.value) if TOKENIZER.value else next(filter(pathlib.Path.is_file, usual), usual[0])
     if not path.is_file():
-        raise app.UsageError(f"no tokenizer at {path}; give its tiktoken-format file with --tokenizer")
+        raise app.UsageError(
+            f"no tokenizer at {path}; give its tiktoken-format file or tokenizer.json with --tokenizer"
+        )
     return tokenizers.load(path), load(folder, DTYPE.value)
 
 

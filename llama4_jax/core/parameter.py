@@ -1,7 +1,8 @@
 """Parameters: initial values and the logical names of their axes.
 
 The names say what an axis means (embed, heads, mlp ...), never where it lives; a placement table maps them to a mesh.
-Axis names: vocab, embed, heads, kv_heads, head_dim, gate_up, mlp, experts, patch, and layers for stacked blocks.
+Axis names: vocab, embed, heads, kv_heads, head_dim, gate_up, mlp, experts, patch, rank (of adapters), and layers for
+stacked blocks.
 """
 
 from __future__ import annotations

@@ -20,7 +20,19 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")
-LOGICAL_AXES = ("vocab", "embed", "heads", "kv_heads", "head_dim", "gate_up", "mlp", "experts", "patch", "layers")
+LOGICAL_AXES = (
+    "vocab",
+    "embed",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "gate_up",
+    "mlp",
+    "experts",
+    "patch",
+    "rank",
+    "layers",
+)
 BATCH_AXES = ("batch", "time")  # of tokens, targets, positions and segments
 
 
