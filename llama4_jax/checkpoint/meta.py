@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from jax.sharding import Mesh
 
-from llama4_jax.checkpoint import assembly, layouts, leaves, mapping, meta_config, tensors, torch_files
+from llama4_jax.checkpoint import assembly, layouts, leaves, mapping, meta_config, positions, tensors, torch_files
 from llama4_jax.config import Llama4Config
 from llama4_jax.core import partitioning
 from llama4_jax.core.partitioning import Placement
@@ -25,7 +25,6 @@ EXTRAS = "llama4_jax.json"  # token ids and context length, of which params.json
 WEIGHTS = "consolidated.{shard:02d}"
 WRITTEN = WEIGHTS.format(shard=0) + ".safetensors"  # all weights in one file
 OPENERS = {".pth": torch_files.open_file, ".safetensors": tensors.open_file}
-OLD_POSITIONS = "vision_embeddings.vision_encoder.positional_embedding"
 
 
 def load_meta(
@@ -63,9 +62,10 @@ def opened(folder) -> Iterator[tuple[Llama4Config, mapping.Layout, dict[str, lea
     folder = pathlib.Path(folder)
     config = read_params(folder)
     with contextlib.ExitStack() as files:
-        readers = {path.name: files.enter_context(OPENERS[path.suffix](path)) for path in _shards(folder)}
+        readers = {
+            path.name: positions.Resampled(files.enter_context(OPENERS[path.suffix](path))) for path in _shards(folder)
+        }
         names = set().union(*(reader.shapes for reader in readers.values()))
-        _refuse_old_positions(names, folder)
         yield config, layouts.meta_layout(names), readers
 
 
@@ -122,14 +122,6 @@ def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
         missing = sorted(set(wanted) - {path.name for path in found})
         raise FileNotFoundError(f"{folder}: shards are not numbered from 0 without a gap; missing {missing}")
     return found
-
-
-def _refuse_old_positions(names: Iterable[str], folder: pathlib.Path) -> None:
-    if OLD_POSITIONS in names:
-        raise NotImplementedError(
-            f"{folder}: {OLD_POSITIONS} is the embedding from before it was resampled to the tile's grid; only "
-            f"{OLD_POSITIONS}_vlm is read. Load it in llama_models, which resamples, and save that state_dict."
-        )
 
 
 def is_ours(path: pathlib.Path) -> bool:

@@ -15,7 +15,7 @@ import math
 import numpy as np
 
 from llama4_jax.checkpoint import mapping
-from llama4_jax.checkpoint.assembly import Reader
+from llama4_jax.checkpoint.leaves import Reader
 
 OLD = "vision_embeddings.vision_encoder.positional_embedding"
 NEW = OLD + "_vlm"

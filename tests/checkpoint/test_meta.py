@@ -15,7 +15,7 @@ from released_files import cut, released
 from safetensors.numpy import load_file, save_file
 
 from llama4_jax import checkpoint
-from llama4_jax.checkpoint import layouts
+from llama4_jax.checkpoint import layouts, positions
 from llama4_jax.config import RopeScaling
 from llama4_jax.core import names
 from llama4_jax.testing import tiny
@@ -202,12 +202,15 @@ def test_shards_that_differ_in_what_each_has_whole_are_reported(model, tmp_path,
     assert caplog.messages == ["norm.weight differs between shard 0 and shard 1; using that of shard 0"]
 
 
-def test_the_position_embedding_before_resampling_is_refused(model, tmp_path):
-    def age(files):
-        files[0][ENCODER + "positional_embedding"] = files[0].pop(ENCODER + "positional_embedding_vlm")
+def test_the_older_position_embedding_is_resampled(model, tmp_path):
+    old = np.random.default_rng(0).normal(size=model.vision.position_embedding.shape).astype(np.float32)
 
-    with pytest.raises(NotImplementedError, match="before it was resampled.*llama_models, which resamples"):
-        checkpoint.load_meta(write(model, tmp_path / "meta", shards=1, change=age))
+    def age(files):
+        del files[0][positions.NEW]
+        files[0][positions.OLD] = old
+
+    loaded = checkpoint.load_meta(write(model, tmp_path / "meta", shards=1, change=age))
+    np.testing.assert_array_equal(loaded.vision.position_embedding[...], positions.resample(old))
 
 
 def test_folders_without_a_whole_checkpoint_say_what_is_missing(model, tmp_path):
