@@ -16,24 +16,25 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from llama4_jax import config as configs
 from llama4_jax.checkpoint import items, mapping, store, tensors
 from llama4_jax.checkpoint.leaves import ModelLeaves, check_dtype, empty, parameter_shapes
 from llama4_jax.config import Llama4Config
+from llama4_jax.core import names, partitioning
+from llama4_jax.core.partitioning import Placement
 from llama4_jax.model import Llama4
 
 MANIFEST = "manifest.json"
 PARAMETERS = "parameters"
 FORMAT = "llama4_jax parameters, version 1"
-
-Sharding = jax.sharding.Sharding
 
 
 def save_native(model: Llama4, folder) -> None:
@@ -54,28 +55,31 @@ def save_native(model: Llama4, folder) -> None:
 def load_native(
     folder,
     dtype: str | None = None,
-    sharding: Callable[[str, mapping.Shape], Sharding | None] | None = None,
+    mesh: Mesh | None = None,
     *,
+    placement: Placement = partitioning.TRAIN,
     scan: bool = True,
 ) -> Llama4:
     """The model in `folder`, with weights converted to `dtype` ("float32", "bfloat16", "float16"; None: as stored).
 
-    `sharding`, given the dotted name and the shape of a parameter of the model, says where it goes (None: the default
-    device). Each process reads only what its devices hold, a shard at a time. `scan` as in `Llama4`.
+    With a `mesh` each parameter goes straight into the shards that `placement` gives it, and each process reads only what
+    its devices hold, a shard at a time. `scan` as in `Llama4`.
     Raises FileNotFoundError for missing files, ValueError for a manifest that does not fit its own configuration (all
     of it in one message), for another format and where the bits of a parameter are not those that were saved.
     """
     check_dtype(dtype)
     leaves = NativeLeaves(folder)
-    graph, state = nnx.split(jax.eval_shape(lambda: Llama4(leaves.config, rngs=nnx.Rngs(0), scan=scan)))
+    abstract = jax.eval_shape(lambda: Llama4(leaves.config, rngs=nnx.Rngs(0), scan=scan))
+    graph, state = nnx.split(abstract)
+    places = names.split(partitioning.shardings(abstract, placement, mesh))[1] if mesh else {}
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     parameters = {".".join(map(str, path)): (path, parameter) for path, parameter in nnx.to_flat_state(state)}
     layers: dict[str, list[str]] = {path: [] for path in parameters}  # of a stacked parameter, in their order
     for path, (home, _) in mapping.unstacked(leaves.config, parameters).items():
         layers[home].append(path)
     filled = []
     for name, (path, parameter) in parameters.items():
-        place = (sharding and sharding(name, parameter.shape)) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        array = leaves.array(layers[name], parameter.shape, place)
+        array = leaves.array(layers[name], parameter.shape, places.get(name, here))
         filled.append((path, parameter.replace(array if dtype is None else array.astype(dtype))))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
@@ -107,7 +111,7 @@ class NativeLeaves:
         numbers = [size / step for size, step in zip(self.specs[path][0], chunk)]
         return numbers.index(max(numbers))
 
-    def array(self, paths: list[str], shape: mapping.Shape, place: Sharding) -> jax.Array:
+    def array(self, paths: list[str], shape: mapping.Shape, place: jax.sharding.Sharding) -> jax.Array:
         """The parameter of `paths`, or those of several layers on a new first axis, as `place` divides it, as stored."""
         alone = shape == self.specs[paths[0]][0]
 

@@ -98,7 +98,7 @@ def watched(self, path, box):
     largest[path] = max(largest.get(path, 0), part.size)
     return part
 native.NativeLeaves.window = watched
-model = native.load_native(folder, sharding=lambda name, shape: places[name])
+model = native.load_native(folder, mesh=mesh)
 native.NativeLeaves.window = original
 whole = names.split(native.load_native(folder))[1]
 split = 0
