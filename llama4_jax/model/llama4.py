@@ -165,7 +165,7 @@ def initialise(
     mesh: Mesh | None = None,
     placement: Placement = partitioning.TRAIN,
 ) -> Llama4:
-    """A model with random weights, the same for a seed whatever the mesh.
+    """A model with random weights, the same for a seed whatever the mesh, to rounding.
 
     With a `mesh` each device draws its own shards and never holds a whole parameter.
     """

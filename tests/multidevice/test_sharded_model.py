@@ -98,7 +98,8 @@ def test_weights_gradients_a_step_and_decoding_do_not_depend_on_the_mesh(config,
     placed = {name: place(array, mesh) for name, array in batch.items()}
 
     for name, weight in names.split(make())[1].items():
-        np.testing.assert_array_equal(weight, alone["params"][name], err_msg=name)
+        # To rounding: a program compiled as a whole may multiply and add in one step.
+        np.testing.assert_allclose(weight, alone["params"][name], rtol=1e-6, err_msg=name)
     with jax.set_mesh(mesh):
         found = gradients(make(), placed)
         params, metrics = train(make(), placed)
