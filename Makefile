@@ -17,6 +17,10 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-input
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export TF_CPP_MIN_LOG_LEVEL ?= 3
+# Where there is neither TPU nor GPU nobody need look for one: libtpu, which the planner compiles with, complains aloud.
+ifeq ($(wildcard /dev/accel* /dev/vfio/[0-9]* /dev/nvidia*),)
+export JAX_PLATFORMS ?= cpu
+endif
 
 .PHONY: help demo test test-all lint bench venv parity-venv clean
 .DEFAULT_GOAL := help

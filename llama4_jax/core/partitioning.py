@@ -95,6 +95,15 @@ def mesh_in_use() -> AbstractMesh | None:
     return mesh if mesh.axis_names == MESH_AXES and mesh.size > 1 else None
 
 
+def platform() -> str:
+    """What the program being made will run on: "cpu", "gpu" or "tpu"; of the mesh in use if there is one.
+
+    A program may be compiled for devices that this machine does not have, so the default backend does not say it.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def spec(axes: Sequence[str], shape: Sequence[int], placement: Placement, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How an array with these logical axes and this shape is split.
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llama4_jax.core import partitioning
+
 FEW_ROWS = 16
 
 
@@ -19,7 +21,7 @@ def multiply(rows: jax.Array, matrix: jax.Array) -> jax.Array:
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     if rows.shape[0] == 1 and rows.dtype == jnp.bfloat16:  # a single such row would convert the whole matrix first
         return multiply(jnp.concatenate([rows, rows]), matrix)[:1]
-    if rows.shape[0] <= FEW_ROWS and jax.default_backend() == "cpu":
+    if rows.shape[0] <= FEW_ROWS and partitioning.platform() == "cpu":
         product = lax.dot_general(matrix, rows, (((1,), (1,)), ((), ())), preferred_element_type=wide)  # [n m]
         return lax.optimization_barrier(product).T
     return lax.dot_general(rows, matrix, (((1,), (1,)), ((), ())), preferred_element_type=wide)

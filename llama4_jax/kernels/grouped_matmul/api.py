@@ -14,6 +14,7 @@ import logging
 import jax
 import jax.numpy as jnp
 
+from llama4_jax.core import partitioning
 from llama4_jax.kernels.grouped_matmul import blocked, ragged, reference
 
 IMPLEMENTATIONS = {
@@ -50,7 +51,7 @@ def grouped_matmul(
     """
     _check(lhs, rhs, group_sizes, transpose_rhs)
     if implementation is None:
-        implementation = choose(jax.default_backend())
+        implementation = choose(partitioning.platform())
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown; use None or one of {sorted(IMPLEMENTATIONS)}")
     if lhs.shape[0] == 0:
