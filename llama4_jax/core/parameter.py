@@ -1,8 +1,9 @@
 """Parameters: initial values and the logical names of their axes.
 
 The names say what an axis means (embed, heads, mlp ...), never where it lives; a placement table maps them to a mesh.
-Axis names: vocab, embed, heads, kv_heads, head_dim, gate_up, mlp, experts, patch, rank (of adapters), and layers for
-stacked blocks.
+Axis names: vocab; embed, expert_embed and vision_embed, the residual stream as dense layers, routed experts and the vision
+tower read it; heads, kv_heads, head_dim, gate_up, mlp; experts, and choices for experts as the router sees them; patch;
+rank (of adapters); layers, of stacked blocks.
 """
 
 from __future__ import annotations

@@ -23,12 +23,15 @@ MESH_AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")
 LOGICAL_AXES = (
     "vocab",
     "embed",
+    "expert_embed",
+    "vision_embed",
     "heads",
     "kv_heads",
     "head_dim",
     "gate_up",
     "mlp",
     "experts",
+    "choices",
     "patch",
     "rank",
     "layers",
@@ -64,7 +67,8 @@ _WIDTHS = {"vocab": ("tensor",), "heads": ("tensor",), "kv_heads": ("tensor",), 
 TRAIN = Placement(
     "train",
     _WIDTHS
-    | {"embed": ("fsdp", "context"), "experts": ("expert",)}
+    | {"embed": ("fsdp", "expert", "context"), "vision_embed": ("fsdp", "context")}
+    | {"experts": ("expert",), "expert_embed": ("fsdp", "context")}
     | {"batch": ("slice", "data", "fsdp", "expert"), "time": ("context",)},
 )
 SERVE = Placement("serve", _WIDTHS | {"experts": ("expert",), "batch": ("slice", "data", "fsdp", "expert")})

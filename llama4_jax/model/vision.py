@@ -23,8 +23,8 @@ from llama4_jax.nn.vit import VisionBlock
 class Adapter(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         shuffled, out = config.embed_dim * config.shuffle**2, config.output_dim
-        self.fc1 = Linear((shuffled,), (out,), ("embed", "mlp"), rngs=rngs, dtype=dtype)
-        self.fc2 = Linear((out,), (out,), ("mlp", "embed"), rngs=rngs, dtype=dtype)
+        self.fc1 = Linear((shuffled,), (out,), ("vision_embed", "mlp"), rngs=rngs, dtype=dtype)
+        self.fc2 = Linear((out,), (out,), ("mlp", "vision_embed"), rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for layer in (self.fc1, self.fc2):
@@ -36,10 +36,10 @@ class VisionTower(nnx.Module):
     def __init__(self, config: VisionConfig, text_dim: int, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.config = config
         d, options = config.embed_dim, {"rngs": rngs, "dtype": dtype}
-        self.patch = Linear((config.patch_dim,), (d,), ("patch", "embed"), **options)
-        self.class_embedding = parameter.kernel(rngs, (d,), ("embed",), fan_in=d, dtype=dtype)
+        self.patch = Linear((config.patch_dim,), (d,), ("patch", "vision_embed"), **options)
+        self.class_embedding = parameter.kernel(rngs, (d,), ("vision_embed",), fan_in=d, dtype=dtype)
         self.position_embedding = parameter.kernel(
-            rngs, (config.grid**2 + 1, d), ("patch", "embed"), fan_in=d, dtype=dtype
+            rngs, (config.grid**2 + 1, d), ("patch", "vision_embed"), fan_in=d, dtype=dtype
         )
         self.norm_pre, self.norm_post = LayerNorm(d, dtype=dtype), LayerNorm(d, dtype=dtype)
         make_block = lambda rngs: VisionBlock(config, rngs=rngs, dtype=dtype)  # noqa: E731

@@ -27,10 +27,10 @@ class Experts(nnx.Module):
 
     def __init__(self, config: MoeConfig, embed_dim: int, *, rngs: nnx.Rngs, output_gain: float, dtype=jnp.float32):
         e, f = config.num_experts, config.expert_dim
-        axes = ("experts", "embed", "gate_up", "mlp")
+        axes = ("experts", "expert_embed", "gate_up", "mlp")
         self.gate_up = parameter.kernel(rngs, (e, embed_dim, 2, f), axes, fan_in=embed_dim, dtype=dtype)
         self.down = parameter.kernel(
-            rngs, (e, f, embed_dim), ("experts", "mlp", "embed"), fan_in=f, gain=output_gain, dtype=dtype
+            rngs, (e, f, embed_dim), ("experts", "mlp", "expert_embed"), fan_in=f, gain=output_gain, dtype=dtype
         )
 
     def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:

@@ -35,8 +35,8 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     def __init__(self, dim: int, *, eps: float = 1e-5, dtype=jnp.float32):
         self.eps = eps
-        self.scale = parameter.constant(1.0, (dim,), ("embed",), dtype=dtype)
-        self.bias = parameter.constant(0.0, (dim,), ("embed",), dtype=dtype)
+        self.scale = parameter.constant(1.0, (dim,), ("vision_embed",), dtype=dtype)
+        self.bias = parameter.constant(0.0, (dim,), ("vision_embed",), dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)

@@ -30,9 +30,9 @@ class Router(nnx.Module):
 
     def __init__(self, config: MoeConfig, embed_dim: int, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.config = config
-        shape, axes = (embed_dim, config.num_experts), ("embed", "experts")
+        shape, axes = (embed_dim, config.num_experts), ("embed", "choices")
         self.kernel = parameter.kernel(rngs, shape, axes, fan_in=embed_dim, dtype=dtype)
-        bias = parameter.constant(0.0, (config.num_experts,), ("experts",)) if config.selection_bias else None
+        bias = parameter.constant(0.0, (config.num_experts,), ("choices",)) if config.selection_bias else None
         self.selection_bias = bias
 
     def __call__(self, x: jax.Array, present: jax.Array) -> tuple[Routing, dict[str, jax.Array]]:

@@ -19,11 +19,11 @@ from llama4_jax.nn.norm import LayerNorm
 class VisionAttention(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         d, n, h = config.embed_dim, config.num_heads, config.head_dim
-        axes, options = ("embed", "heads", "head_dim"), {"rngs": rngs, "bias": True, "dtype": dtype}
+        axes, options = ("vision_embed", "heads", "head_dim"), {"rngs": rngs, "bias": True, "dtype": dtype}
         self.query = Linear((d,), (n, h), axes, **options)
         self.key = Linear((d,), (n, h), axes, **options)
         self.value = Linear((d,), (n, h), axes, **options)
-        self.output = Linear((n, h), (d,), ("heads", "head_dim", "embed"), **options)
+        self.output = Linear((n, h), (d,), ("heads", "head_dim", "vision_embed"), **options)
 
     def __call__(self, x: jax.Array, angles: jax.Array) -> jax.Array:
         """x [tiles patches+1 d]; every position sees every other."""
@@ -37,8 +37,8 @@ class VisionBlock(nnx.Module):
         self.attention_norm = LayerNorm(d, dtype=dtype)
         self.attention = VisionAttention(config, rngs=rngs, dtype=dtype)
         self.mlp_norm = LayerNorm(d, dtype=dtype)
-        self.fc1 = Linear((d,), (f,), ("embed", "mlp"), **options)
-        self.fc2 = Linear((f,), (d,), ("mlp", "embed"), **options)
+        self.fc1 = Linear((d,), (f,), ("vision_embed", "mlp"), **options)
+        self.fc2 = Linear((f,), (d,), ("mlp", "vision_embed"), **options)
 
     def __call__(self, x: jax.Array, angles: jax.Array) -> jax.Array:
         x = x + self.attention(self.attention_norm(x), angles)

@@ -19,7 +19,7 @@ def mesh(**sizes):
 
 
 def test_experts_are_split_by_expert_width_and_parameter_shard():
-    axes, shape = ("experts", "embed", "gate_up", "mlp"), (16, 5120, 2, 8192)
+    axes, shape = ("experts", "expert_embed", "gate_up", "mlp"), (16, 5120, 2, 8192)
     spec = partitioning.spec(axes, shape, TRAIN, mesh(fsdp=8, expert=16, tensor=2))
     assert spec == PartitionSpec("expert", "fsdp", None, "tensor")
 
@@ -80,13 +80,13 @@ def test_every_parameter_names_each_of_its_axes(preset):
 
 
 @pytest.mark.parametrize("preset", [presets.scout, presets.maverick])
-def test_released_experts_are_split_over_a_whole_pod_and_the_rest_over_what_is_not_for_experts(preset):
+def test_every_large_matrix_is_split_over_a_whole_pod(preset):
     model = jax.eval_shape(lambda: Llama4(preset(), rngs=nnx.Rngs(0)))
     places = partitioning.shardings(model, TRAIN, mesh(fsdp=8, expert=16, tensor=8))
     leaves, shards = names.split(model)[1], names.split(places)[1]
     ways = {name: leaf.size // math.prod(shards[name].shard_shape(leaf.shape)) for name, leaf in leaves.items()}
     assert {ways[name] for name in ways if ".experts." in name} == {8 * 16 * 8}
-    assert ways["head.kernel"] == ways["embed.table"] == ways["decoder.period.0.attention.query.kernel"] == 8 * 8
+    assert ways["head.kernel"] == ways["embed.table"] == ways["decoder.period.0.attention.query.kernel"] == 8 * 16 * 8
 
 
 def test_a_parameter_that_does_not_fit_is_named():
