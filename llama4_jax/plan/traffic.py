@@ -1,0 +1,82 @@
+"""Bytes of HBM that instructions read and write: operands and results once each, of what is sliced only the slice.
+
+What lies in a memory on the chip (`S(n)` in the layout) is free. Source: the rules of XLA's `HloCostAnalysis`.
+"""
+
+from __future__ import annotations
+
+from llama4_jax.plan.hlo import Array, Computation, Instruction, Program
+
+# They move nothing, or what they do is counted elsewhere: at the start of a pair, or in the computation that they call.
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "partition-id"),
+    *("replica-id", "opt-barrier", "domain", "while", "conditional", "call", "async-start", "async-update", "iota"),
+}
+
+
+def hbm_bytes(program: Program, computation: Computation, each: Instruction) -> float:
+    """Bytes of HBM that one instruction reads and writes; of what it slices, only the slice."""
+    if each.opcode in _FREE or each.opcode.endswith("-done"):
+        return 0
+    operands = computation.operands(each)
+    if each.opcode == "fusion":
+        inside = program.computations[each.called("calls")[0]]
+        return sum(_read(program, inside, n, operand) for n, operand in enumerate(operands)) + _written(
+            program, inside, inside.root, each.shape
+        )
+    if each.opcode in ("dynamic-slice", "gather"):
+        return 2 * _in_hbm(each.shape)
+    if each.opcode in ("dynamic-update-slice", "scatter"):
+        return 2 * _in_hbm(operands[-1 if each.opcode == "scatter" else 1].shape)
+    results = each.shape
+    if each.opcode.endswith("-start"):  # (source, target, ...) but of a copy (target, source, ...)
+        results = each.shape[:1] if each.opcode == "copy-start" else each.shape[len(operands) : 2 * len(operands)]
+    return sum(_in_hbm(operand.shape) for operand in operands) + _in_hbm(results)
+
+
+def _in_hbm(shape: tuple[Array, ...]) -> int:
+    return sum(array.nbytes for array in shape if array.in_hbm)
+
+
+def _read(program: Program, inside: Computation, number: int, operand: Instruction) -> float:
+    """Bytes of operand `number` that a fusion reads."""
+    if not _in_hbm(operand.shape):
+        return 0
+    (parameter,) = (each for each in inside if each.opcode == "parameter" and int(each.arguments) == number)
+    return min(_used(program, inside, parameter), _in_hbm(operand.shape))
+
+
+def _used(program: Program, inside: Computation, value: Instruction) -> float:
+    total = 0.0
+    for user in inside.users(value.name):
+        if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == value.name:
+            total += user.nbytes
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+            total += 0  # written in place
+        elif user.opcode == "bitcast":
+            total += _used(program, inside, user)
+        elif user.opcode == "fusion":
+            called = program.computations[user.called("calls")[0]]
+            numbers = [n for n, name in enumerate(user.operands) if name == value.name]
+            parameters = (each for each in called if each.opcode == "parameter" and int(each.arguments) in numbers)
+            total += sum(_used(program, called, parameter) for parameter in parameters)
+        else:
+            return value.nbytes
+    return total
+
+
+def _written(program: Program, inside: Computation, root: Instruction, shape: tuple[Array, ...]) -> float:
+    if root.opcode == "tuple":
+        parts = inside.operands(root)
+        if len(parts) == len(shape):
+            return sum(_written(program, inside, part, (array,)) for part, array in zip(parts, shape))
+    if not _in_hbm(shape):
+        return 0
+    if root.opcode == "bitcast":
+        return _written(program, inside, inside.operands(root)[0], shape)
+    if root.opcode == "dynamic-update-slice":
+        return inside.operands(root)[1].nbytes
+    if root.opcode == "fusion":
+        called = program.computations[root.called("calls")[0]]
+        return _written(program, called, called.root, shape)
+    return _in_hbm(shape)
