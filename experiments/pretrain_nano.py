@@ -7,20 +7,25 @@ Hardware:  2 CPU cores; at most 10 minutes, set-up apart.
 Expected:  exact-name accuracy on held-out renderings >= 75 %; at most a tenth of that with shuffled pictures.
 
 Killed or interrupted, the same command goes on where it was. Every size is a flag: --set for the model, --data for the
-data, --train for the training.
+data, --train for the training. --mesh spreads the model over several devices, and `launch/` starts several processes:
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m experiments.pretrain_nano --mesh=fsdp=2,expert=2
+    python -m launch.local --processes=4 -- python -m experiments.pretrain_nano --mesh=fsdp=2,expert=2
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from flax import nnx
+from jax.sharding import Mesh
 
 from experiments import output
 from llama4_jax import config as configs
@@ -28,12 +33,12 @@ from llama4_jax import tokenizer as tokenizers
 from llama4_jax.config import Llama4Config, presets
 from llama4_jax.config.data import DataConfig
 from llama4_jax.config.train import OptimizerConfig, TrainConfig
-from llama4_jax.core import names
+from llama4_jax.core import names, partitioning, processes
 from llama4_jax.data import emoji, heldout, loader
 from llama4_jax.data.documents import PictureGrammar
 from llama4_jax.eval import naming, report
-from llama4_jax.model import Llama4
-from llama4_jax.train import loop, metrics, pretrain
+from llama4_jax.model import Llama4, initialise
+from llama4_jax.train import loop, metrics, pretrain, shards
 
 FOLDER = flags.DEFINE_string("folder", "runs/nano", "where the run lives: tokenizer, checkpoints, metrics, report")
 SEED = flags.DEFINE_integer("seed", 0, "of weights, data order and renderings")
@@ -41,6 +46,8 @@ SET = flags.DEFINE_multi_string("set", [], "model override, as text.num_layers=8
 DATA = flags.DEFINE_multi_string("data", [], "data override, as num_emoji=500")
 TRAIN = flags.DEFINE_multi_string("train", [], "training override, as steps=300 or optimizer.learning_rate=1e-3")
 ON_NAN = flags.DEFINE_enum("on_nan", "stop", ["stop", "rollback"], "what to do when the loss is not finite")
+MESH = flags.DEFINE_string("mesh", None, "axes of the mesh and their sizes, as fsdp=2,expert=2; -1: whatever is left")
+CLUSTER = flags.DEFINE_bool("cluster", False, "find the other processes as TPU pods, Slurm and Open MPI name them")
 VOCABULARY = flags.DEFINE_integer("vocab_size", 4096, "tokens of the tokenizer, special ones included")
 
 
@@ -77,14 +84,27 @@ def model_config(data: DataConfig, tokenizer: tokenizers.Tokenizer) -> Llama4Con
     return config
 
 
+def device_mesh() -> Mesh | None:
+    """As --mesh says; without it one device, and where there are several processes all their devices."""
+    if MESH.value:
+        return partitioning.make_mesh(shards.parse(MESH.value))
+    return partitioning.make_mesh({"fsdp": -1}) if jax.process_count() > 1 else None
+
+
 def heldout_accuracy(structure: names.Structure, grammar: PictureGrammar, questions: list) -> loop.Callback:
     """Asks a few held-out questions now and then, for the curve."""
 
-    def run(params, step: int) -> dict[str, float]:
-        accuracy = naming.accuracy(naming.ask(structure.merge(params), grammar, questions))["all"]
-        return {"heldout_accuracy": accuracy}
+    def run(params, step: int) -> dict[str, float] | None:
+        model = gathered(structure, params)
+        return {"heldout_accuracy": naming.accuracy(naming.ask(model, grammar, questions))["all"]} if model else None
 
     return run
+
+
+def gathered(structure: names.Structure, params: dict[str, jax.Array]) -> Llama4 | None:
+    """The model on one device of process 0, which answers questions; None in the others."""
+    params = processes.whole(params)
+    return structure.merge(jax.tree.map(jnp.asarray, params)) if processes.leading() else None
 
 
 def evaluate(model: Llama4, data: DataConfig, tokenizer, grammar: PictureGrammar) -> tuple[dict, list[naming.Answer]]:
@@ -128,20 +148,30 @@ def write_report(folder: pathlib.Path, results: dict, answers: list[naming.Answe
 
 
 def main(_) -> None:
-    start = time.perf_counter()
     output.quiet_libraries()
-    folder, data, train = pathlib.Path(FOLDER.value), data_config(), train_config()
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = tokenizers.train(loader.tokenizer_texts(data), VOCABULARY.value, folder / "tokenizer.model")
+    with processes.joined(os.environ, cluster=CLUSTER.value):
+        run()
+
+
+def run() -> None:
+    start = time.perf_counter()
+    folder, data, train, mesh = pathlib.Path(FOLDER.value), data_config(), train_config(), device_mesh()
+    with processes.leader_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer = tokenizers.train(loader.tokenizer_texts(data), VOCABULARY.value, folder / "tokenizer.model")
     config = model_config(data, tokenizer)
-    (folder / "config.json").write_text(json.dumps(configs.to_dict(config), indent=1))
-    model = Llama4(config, rngs=nnx.Rngs(SEED.value))
+    if processes.leading():
+        (folder / "config.json").write_text(json.dumps(configs.to_dict(config), indent=1))
+    model = initialise(config, seed=SEED.value, mesh=mesh)
     structure, _ = names.split(model)
     grammar = PictureGrammar(tokenizer, data.tokens_per_tile)
     few = list(heldout.questions(data, tokenizer))[::5]
     ask = loop.Callback(max(train.steps // 5, 1), heldout_accuracy(structure, grammar, few))
-    batches = loader.make(data, tokenizer)
-    model = pretrain.run(model, batches, train, folder=folder, callbacks=[ask])
+    batches = loader.make(data, tokenizer, drawn=shards.own_pictures(data.images_per_batch, mesh))
+    model = pretrain.run(model, batches, train, folder=folder, callbacks=[ask], mesh=mesh)
+    model = gathered(*names.split(model))
+    if model is None:
+        return
     results, answers = evaluate(model, data, tokenizer, grammar)
     page = write_report(folder, results, answers)
     results |= {"seed": SEED.value, "steps": train.steps, "parameters": sum(x.size for x in jax.tree.leaves(model))}

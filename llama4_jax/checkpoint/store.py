@@ -4,6 +4,10 @@ A store is a folder with one sub-folder a step. Each holds items: trees of array
 (`records`). Orbax writes a step under a temporary name and renames it when complete, so a process killed at any moment
 leaves only whole steps; a fingerprint of every array, taken on the device before writing, is compared on reading, so
 a file damaged later is found out rather than trained on.
+
+In a run of several processes all call every method, on a folder that all see: each writes and reads the parts of arrays that
+its devices hold, process 0 writes the records, and a step counts as read only when everyone could read it. A step may be read
+into any placement, whatever the one that it was saved from.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+
+from llama4_jax.core import processes
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +66,15 @@ class Store:
             read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._reader = _reader()
 
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_) -> None:
+        # After an error here alone, the other processes would not come to finish what they are writing together.
+        if kind is None or issubclass(kind, SystemExit) or jax.process_count() == 1:
+            self.close()
 
     def steps(self) -> list[int]:
         """The steps that are saved whole, oldest first. One that is still being written is not among them."""
@@ -96,7 +105,7 @@ class Store:
         """
         self.wait()
         damaged: dict[int, str] = {}
-        for step in reversed(self.steps()):
+        while (step := self._newest(below=min(damaged, default=None))) is not None:
             try:
                 restored = self._read(step, like)
             except MismatchError:
@@ -119,31 +128,54 @@ class Store:
         self.wait()
         self._manager.close()
 
+    def _newest(self, below: int | None) -> int | None:
+        """The newest step saved, under `below` if that is given, as process 0 sees it."""
+        steps = [step for step in self.steps() if below is None or step < below]
+        step = int(processes.largest(steps[-1] if steps and processes.leading() else -1))
+        return None if step < 0 else step
+
     def _read(self, step: int, like: Mapping[str, Tree | None]) -> Restored:
-        folders = [path for path in (self.folder / str(step)).iterdir() if path.is_dir()]
-        json_items = [path.name for path in folders if path.name not in like and not (path / "_METADATA").exists()]
-        records = self._restore(step, {name: ocp.args.JsonRestore() for name in json_items})
-        prints = records.pop(_FINGERPRINTS)
-        wanted = {name: _flat(prints[name]) if tree is None else tree for name, tree in like.items()}
-        for name, tree in wanted.items():
-            _check_same(name, prints[name], tree)
-        abstract = {name: ocp.args.StandardRestore(jax.tree.map(_abstract, tree)) for name, tree in wanted.items()}
-        arrays = self._restore(step, abstract)
+        failure = None
+        try:
+            arrays, records, prints = self._read_own(self.folder / str(step), like)
+        except Exception as error:
+            failure = error
+        processes.fail_together(failure)
         for name, tree in arrays.items():
             _verify(name, prints[name], tree)
         return Restored(step, arrays, records)
 
-    def _restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
-        return dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
+    def _read_own(self, folder: pathlib.Path, like: Mapping[str, Tree | None]):
+        """Arrays as far as this process holds them, records, and fingerprints; waits for nobody."""
+        folders = [path for path in folder.iterdir() if path.is_dir()]
+        json_items = [path.name for path in folders if path.name not in like and not (path / "_METADATA").exists()]
+        records = {name: json.loads((folder / name / "metadata").read_text()) for name in json_items}
+        prints = records.pop(_FINGERPRINTS)
+        wanted = {name: _flat(prints[name]) if tree is None else tree for name, tree in like.items()}
+        arrays = {}
+        for name, tree in wanted.items():
+            _check_same(name, prints[name], tree)
+        for name, tree in wanted.items():
+            restore = ocp.args.StandardRestore(jax.tree.map(_abstract, tree))
+            arrays[name] = self._reader.restore(folder / name, args=restore)
+        return arrays, records, prints
 
     def _set_aside(self, damaged: dict[int, str], *, used: int) -> None:
-        for step in damaged if not self.read_only else ():
+        for step in damaged if not self.read_only and processes.leading() else ():
             target = self.folder / f"{step}.damaged"
             while target.exists():
                 target = target.with_name(target.name + "+")
             (self.folder / str(step)).rename(target)
             logger.warning("damaged checkpoint of step %d moved to %s; using step %d", step, target, used)
+        int(processes.largest(0))  # after that all see it moved
         self._manager.reload()
+
+
+def _reader() -> ocp.Checkpointer:
+    """Reads for this process alone: one that finds damage must be able to say so while the others still read."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me))
+    return ocp.Checkpointer(ocp.StandardCheckpointHandler(), multiprocessing_options=alone)
 
 
 def load_params(folder: str | pathlib.Path) -> tuple[dict[str, jax.Array], dict[str, Any]]:

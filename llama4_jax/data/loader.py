@@ -8,6 +8,11 @@
 The iterator is grain's, so grain's Orbax handlers can save it too. Making a batch costs a few per cent of a training step,
 all of it under one interpreter lock: worker processes would cost more to start than they could save. One thread can work
 ahead, which gains nothing where XLA computes on the same cores, and takes loading off the clock beside an accelerator.
+
+In a run of several processes each makes all rows of every batch, from which its devices take theirs: rows depend on all the
+documents packed before them, and cost little. Pictures, which cost most, are drawn only where they are looked at (`drawn`).
+So neither the batches nor the state depend on how many processes there are.
+
 Let go of the iterator before the interpreter exits (keep it out of module globals): grain's clean-up complains otherwise.
 """
 
@@ -33,10 +38,13 @@ from llama4_jax.tokenizer import Tokenizer
 Batch = dict[str, np.ndarray]
 
 
-def make(config: DataConfig, tokenizer: Tokenizer, split: str = "train") -> grain.DatasetIterator[Batch]:
+def make(
+    config: DataConfig, tokenizer: Tokenizer, split: str = "train", *, drawn: range | None = None
+) -> grain.DatasetIterator[Batch]:
     """An iterator over batches, endless, with `get_state()`, `set_state(state)` and `close()`.
 
     split: "train", or "heldout": text and renderings that "train" never shows.
+    drawn: which pictures of a batch, by their place in `images`, to draw; the others stay zeros. All by default.
 
     A batch has tokens, targets, positions, segments int32 [b t], loss_weights float32 [b t] (see `packing.arrays`), and,
     if images_per_batch = n > 0, images float32 [n h w c] in [-1, 1], in order of appearance over the flattened batch,
@@ -44,7 +52,7 @@ def make(config: DataConfig, tokenizer: Tokenizer, split: str = "train") -> grai
 
     Raises ValueError when the pictures cannot fit in a batch.
     """
-    dataset: grain.IterDataset[Batch] = _Batches(config, tokenizer, split)
+    dataset: grain.IterDataset[Batch] = _Batches(config, tokenizer, split, drawn)
     # grain takes a buffer of 0 for an unbounded one when it restores, and then two threads pull at the same batches.
     if config.prefetch:
         dataset = ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=config.prefetch)
@@ -80,9 +88,9 @@ def tokenizer_texts(config: DataConfig, text_bytes: int = 1_000_000) -> Iterator
 
 
 class _Batches(grain.IterDataset[Batch]):
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, split: str):
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, split: str, drawn: range | None):
         super().__init__()
-        self._arguments = (config, tokenizer, split)
+        self._arguments = (config, tokenizer, split, drawn)
 
     def __iter__(self) -> _BatchIterator:
         return _BatchIterator(*self._arguments)
@@ -91,9 +99,10 @@ class _Batches(grain.IterDataset[Batch]):
 class _BatchIterator(grain.DatasetIterator[Batch]):
     """State: the next picture, those that found no room so far, and where each text stream is."""
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, split: str):
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, split: str, drawn: range | None):
         super().__init__()
         self._config, self._tokenizer = config, tokenizer
+        self._drawn = range(config.images_per_batch) if drawn is None else drawn
         rendering = Draw.TRAIN_RENDERING if split == "train" else Draw.HELDOUT_RENDERING
         self._pictures = Pictures(config, tokenizer, rendering) if config.images_per_batch else None
         shares = {"code": config.code_share, "documentation": 1 - config.code_share}
@@ -153,8 +162,9 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
         config = self._config
         documents.check_images(tokens, len(pictures), self._tokenizer.special["patch"], config.tokens_per_tile)
         images = np.zeros((config.images_per_batch, config.image_size, config.image_size, 3), np.float32)
-        for image, picture in zip(images, pictures):
-            image[...] = self._pictures.image(picture)
+        for place, picture in enumerate(pictures):
+            if place in self._drawn:
+                images[place] = self._pictures.image(picture)
         return images
 
     def _check_capacity(self) -> None:

@@ -5,6 +5,9 @@
 A run is a folder. Killed at any moment, it goes on from its last checkpoint when the same command is run again, and
 ends with the bits that it would have ended with undisturbed: the step is a function of the state and the batch alone,
 and a checkpoint holds the state and the loader's position.
+
+In a run of several processes each goes through the same story at the same steps; process 0 reports, and a signal that any
+of them has received stops them all at one step (see `core.processes`).
 """
 
 from __future__ import annotations
@@ -14,36 +17,32 @@ import pathlib
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from llama4_jax.checkpoint.store import Restored, Store
+from llama4_jax.checkpoint.store import Store
 from llama4_jax.config import to_dict
 from llama4_jax.config.train import TrainConfig
-from llama4_jax.train.metrics import Reporter, Stopwatch
+from llama4_jax.core import processes
+from llama4_jax.train import books, goodput, shards
+from llama4_jax.train.books import Books
+from llama4_jax.train.feed import Feed, Loader
+from llama4_jax.train.goodput import Account
 from llama4_jax.train.state import Params, TrainState
 
 # Rollbacks in a row, without a new checkpoint between them, after which the fault is not in the data.
 _MOST_ROLLBACKS = 5
 
 
-class Loader(Protocol):
-    """An endless iterator over batches (dicts of numpy arrays) whose position is a JSON value."""
-
-    def __next__(self) -> dict[str, np.ndarray]: ...
-
-    def get_state(self) -> Any: ...
-
-    def set_state(self, state: Any) -> None: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Callback:
     """Something to do with the parameters every `every` steps and after the last one, such as an evaluation.
 
-    `run(params, step)` must not keep or donate `params`; the numbers that it returns are reported with the metrics.
+    `run(params, step)` must not keep or donate `params`; the numbers that it returns are reported with the metrics. Every
+    process of a run calls it; what only process 0 does there, the others wait for.
     """
 
     every: int
@@ -75,106 +74,79 @@ def train(
     folder: str | pathlib.Path,
     callbacks: Sequence[Callback] = (),
     records: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """Trains up to step `config.steps` and returns the state; resumes first if `folder` holds checkpoints.
 
     state: the state before step 0 (its arrays are given up); step_function: from `step.make`; records: JSON values,
-    such as the model's configuration, kept in every checkpoint and compared on resuming.
-    Leaves `metrics.jsonl`, `tensorboard/` and `checkpoints/` in `folder`.
+    such as the model's configuration, kept in every checkpoint and compared on resuming; mesh: where the parameters of
+    `state` lie, if not on one device. A checkpoint resumes on any other mesh.
+    Leaves `metrics.jsonl`, `tensorboard/` and `checkpoints/` in `folder`, which all processes of a run share.
     Raises NonFiniteError, and Interrupted on SIGTERM or SIGINT.
     """
-    folder = pathlib.Path(folder)
-    # As a restored state is: placed for good. Otherwise the first step after resuming would be compiled anew.
-    state = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), state)
+    folder, account = pathlib.Path(folder), Account()
+    state = shards.place_state(state, mesh)
+    if mesh is not None:
+        step_function = shards.keep_places(step_function, state, mesh)
     records = {"train_config": to_dict(config)} | dict(records or {})
     with Store(folder / "checkpoints", keep=config.keep) as store, _Signals() as signals:
-        restored = store.restore(_arrays(state))
-        progress = restored.records["progress"] if restored else {}
-        step, watch = restored.step if restored else 0, Stopwatch(**progress)
-        report = Reporter(folder, step=step, steps=config.steps)
-        try:
+        restored = store.restore(books.arrays(state))
+        step, feed = restored.step if restored else 0, Feed(loader, config.accumulation, mesh)
+        with Books(folder, store, loader, account, restored, config.steps) as book:
             if restored:
-                state = _state(restored)
+                state = books.state(restored)
                 loader.set_state(restored.records["data"])
-                report.say(f"resuming {folder} at step {step}{_changes(restored.records, records)}")
+                book.say(f"resuming {folder} at step {step}{_changes(restored.records, records)}")
             elif config.on_nan == "rollback":
-                _save(store, state, step, loader, watch, records)  # so that there is always something to go back to
+                book.save(state, step, records)  # so that there is always something to go back to
+            account.charge("checkpoint")
 
             batch, rollbacks = None, 0
             while step < config.steps:
-                batch = _draw(loader, config.accumulation, step) if batch is None else batch
-                tokens = int(np.count_nonzero(batch["segments"]))
-                state, metrics = step_function(state, batch)
-                saving = (step + 1) % config.save_every == 0 or step + 1 == config.steps or signals.received is not None
+                batch = batch or feed.draw(step)
+                account.charge("data")
+                stop, programs = processes.largest(signals.received), goodput.programs_compiled()
+                state, metrics = step_function(state, batch.arrays)
+                account.charge("compile" if goodput.programs_compiled() > programs else "step")
+                stop, tokens = int(stop), batch.tokens
+                saving = (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop
                 # The next batch is made while the device works, unless the loader's position is about to be saved.
-                batch = None if saving else _draw(loader, config.accumulation, step)
+                batch = None if saving else feed.draw(step)
+                # A device that is done by now has waited for some of that time.
+                account.charge("data" if batch and metrics["finite"].is_ready() else "step")
 
-                if not metrics["finite"]:  # waits for the device
+                finite = bool(metrics["finite"])  # waits for the device
+                account.charge("step")
+                if not finite:
                     message, groups = _diagnosis(metrics, step)
                     rollbacks += 1
                     if config.on_nan == "stop" or rollbacks > _MOST_ROLLBACKS:
+                        store.wait()
                         raise NonFiniteError(f"{message} {_advice(store, config)}", step=step, groups=groups)
-                    restored = store.restore(_arrays(state))
-                    state, step = _state(restored), restored.step
-                    report.rewind(step)
-                    report.write(step, {"rollback": message})
-                    report.say(f"{message} Rolled back to step {step}; that batch is skipped.")
-                    watch.skip()
+                    restored = store.restore(books.arrays(state))
+                    state, step = books.state(restored), restored.step
+                    book.rewind(step, message)
                     continue
                 step += 1
-                watch.count(tokens)
-                report.advance()
-
+                book.count(tokens)
                 if step % config.log_every == 0 or step == config.steps:
-                    _log(report, step, metrics, watch)
+                    book.log(step, metrics)
                 for callback in callbacks:
                     if step % callback.every == 0 or step == config.steps:
-                        report.write(step, callback.run(state.params, step))
+                        book.write(step, callback.run(state.params, step))
                 if saving:
-                    _save(store, state, step, loader, watch, records)
+                    book.save(state, step, records)
                     rollbacks = 0
-                if saving and signals.received is not None:
-                    store.wait()
-                    report.say(
-                        f"{signals.received.name}: saved step {step} of {config.steps} in {folder}; "
-                        "run the same command again to resume"
+                if stop:
+                    book.finish()
+                    name = signal.Signals(stop).name
+                    book.say(
+                        f"{name}: saved step {step} of {config.steps} in {folder}; run the same command again to resume"
                     )
-                    raise Interrupted(signals.received, step)
-                watch.skip()
-        finally:
-            report.close()
+                    raise Interrupted(stop, step)
+                book.pause_over()
+            book.finish()
     return state
-
-
-def _arrays(state: TrainState) -> dict[str, Any]:
-    """The items of a checkpoint: parameters stand alone, so that a reader need not know the optimiser."""
-    return {"params": state.params, "optimizer": {"step": state.step, "state": state.opt_state, "rng": state.rng}}
-
-
-def _state(restored: Restored) -> TrainState:
-    params, rest = restored.arrays["params"], restored.arrays["optimizer"]
-    return TrainState(step=rest["step"], params=params, opt_state=rest["state"], rng=rest["rng"])
-
-
-def _save(store: Store, state: TrainState, step: int, loader: Loader, watch: Stopwatch, records: dict) -> None:
-    progress = {"seconds": watch.seconds, "tokens": watch.tokens}
-    store.save(step, _arrays(state), {"data": loader.get_state(), "progress": progress} | records)
-
-
-def _draw(loader: Loader, count: int, step: int) -> dict[str, np.ndarray]:
-    """The next batch, or the next `count` stacked on a new leading axis."""
-    try:
-        batches = [next(loader) for _ in range(count)]
-    except StopIteration:
-        raise RuntimeError(f"the loader ended after step {step}; make it repeat, or lower train.steps") from None
-    return batches[0] if count == 1 else {name: np.stack([b[name] for b in batches]) for name in batches[0]}
-
-
-def _log(report: Reporter, step: int, metrics: dict[str, jax.Array], watch: Stopwatch) -> None:
-    values = jax.device_get({name: value for name, value in metrics.items() if name != "finite"})
-    rate = watch.lap()
-    report.show(float(values["loss"]), rate)
-    report.write(step, values | {"tokens": watch.tokens, "seconds": watch.seconds, "tokens_per_second": rate})
 
 
 def _diagnosis(metrics: dict[str, jax.Array], step: int) -> tuple[str, list[str]]:
@@ -208,10 +180,10 @@ def _leaves(tree: Any, prefix: str = ""):
 
 
 class _Signals:
-    """While open, the first SIGTERM or SIGINT is noted in `received`; the second acts as it always did."""
+    """While open, the first SIGTERM or SIGINT is noted in `received` (its number); the second acts as it always did."""
 
     def __init__(self):
-        self.received: signal.Signals | None = None
+        self.received = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
@@ -224,7 +196,7 @@ class _Signals:
         self._restore()
 
     def _note(self, number: int, _) -> None:
-        self.received = signal.Signals(number)
+        self.received = number
         self._restore()
 
     def _restore(self) -> None:

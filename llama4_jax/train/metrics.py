@@ -72,6 +72,22 @@ class Reporter:
         self._events.close()
 
 
+class Silent:
+    """A Reporter's place in a process that does not report: process 0 does, for all."""
+
+    def rewind(self, step: int) -> None: ...
+
+    def advance(self) -> None: ...
+
+    def write(self, step: int, values: Mapping[str, Any] | None) -> None: ...
+
+    def show(self, loss: float, tokens_per_second: float) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Stopwatch:
     """Seconds and tokens of training proper: pauses (evaluation, saving) are not counted."""
 

@@ -7,12 +7,15 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from llama4_jax.config import to_dict
 from llama4_jax.config.train import TrainConfig
 from llama4_jax.core import names
 from llama4_jax.model import Llama4
 from llama4_jax.train import losses, optim, step
-from llama4_jax.train.loop import Callback, Loader, train
+from llama4_jax.train.feed import Loader
+from llama4_jax.train.loop import Callback, train
 from llama4_jax.train.state import create
 
 
@@ -25,11 +28,12 @@ def run(
     callbacks: Sequence[Callback] = (),
     records: Mapping[str, Any] | None = None,
     objective: Callable[..., losses.Terms] | None = None,
+    mesh: Mesh | None = None,
 ) -> Llama4:
     """Trains `model`, or resumes the run in `folder`, and returns the trained model; see `loop.train`.
 
     The arrays of `model` are given up. objective: `(model, batch, rng) -> losses.Terms`, by default the next-token
-    loss with the weights of `config`. Callbacks get parameters by name: `core.names.split(model)[0].merge` makes a
+    loss with the weights of `config`. mesh: on which `model` was initialised or loaded, if on one. Callbacks get parameters by name: `core.names.split(model)[0].merge` makes a
     model of them, best inside the jitted function that uses it.
     """
     structure, params = names.split(model)
@@ -43,5 +47,6 @@ def run(
         folder=folder,
         callbacks=callbacks,
         records={"model_config": to_dict(model.config)} | dict(records or {}),
+        mesh=mesh,
     )
     return structure.merge(state.params)
