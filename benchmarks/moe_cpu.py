@@ -24,7 +24,8 @@ from flax import nnx
 from benchmarks import machine
 from llama4_jax.config import MoeConfig
 from llama4_jax.kernels.grouped_matmul import grouped_matmul, workloads
-from llama4_jax.nn.moe import Moe, permute
+from llama4_jax.nn.dispatch import permute
+from llama4_jax.nn.moe import Moe
 
 EMBED, WIDTH = 512, 1024
 EXPERTS = (4, 16, 64)

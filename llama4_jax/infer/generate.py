@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from llama4_jax.core import partitioning
 from llama4_jax.infer.sampling import GREEDY, Sampler
 from llama4_jax.model import Cache, Llama4, fusion, lora
 from llama4_jax.nn.attention import DecoderAttention, FusedAttention
@@ -43,12 +44,12 @@ class State:
 def prepare(model: Llama4) -> Llama4:
     """The same model with its weights laid out for decoding: `generate` does this on each call, so do it once.
 
-    Adapters are merged and layers stand alone. On a CPU the decoder's matrices are transposed, and each expert is an
+    Adapters are merged and layers stand alone. On one CPU the decoder's matrices are transposed, and each expert is an
     array of its own too, in float32 (bfloat16 decodes faster from a stack) and as long as that leaves the compiled
     program of a sane size. Costs a copy of the weights that it moves.
     """
     model, text = lora.merge(model).unrolled(), model.config.text
-    if jax.default_backend() != "cpu":
+    if partitioning.platform() != "cpu" or partitioning.mesh_in_use():
         return model
     few = text.num_layers * text.moe.num_experts <= MOST_SEPARATE and model.embed.table.dtype == jnp.float32
 

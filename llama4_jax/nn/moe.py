@@ -1,8 +1,7 @@
 """Mixture of experts: a shared expert for every token plus its top-k routed experts, none ever dropped.
 
-The router's score multiplies the expert's INPUT, which is not the same as multiplying its output: SwiGLU is not linear.
-Source: `Llama4TextMoe` in transformers, which computes every expert for every token; here tokens are sorted by expert
-and each is multiplied by the weights of its own experts only (MegaBlocks, Gale et al. 2022).
+How tokens reach their experts is `dispatch` on one device and `expert_parallel` on a mesh.
+Source: `Llama4TextMoe` in transformers.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama4_jax.config import MoeConfig
-from llama4_jax.core import parameter
+from llama4_jax.core import parameter, partitioning
 from llama4_jax.kernels import transposed
 from llama4_jax.kernels.grouped_matmul import grouped_matmul, map_groups
+from llama4_jax.nn import dispatch, expert_parallel
 from llama4_jax.nn.mlp import Mlp, swiglu
 from llama4_jax.nn.router import Router
 
@@ -87,45 +87,18 @@ class Moe(nnx.Module):
         self.shared = Mlp(embed_dim, config.expert_dim, rngs=rngs, output_gain=output_gain, dtype=dtype)
 
     def __call__(self, x: jax.Array, present: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        flat, present = einops.rearrange(x, "b t d -> (b t) d"), present.reshape(-1)
-        with jax.named_scope("route"):
-            routing, statistics = self.router(flat, present)
-        with jax.named_scope("dispatch"):
-            inputs = _scaled(flat, routing.scores)  # [t k d]
-            # Padding goes to no expert: it sorts behind all groups, where rows cost nothing and give 0.
-            experts = jnp.where(present[:, None], routing.experts, self.config.num_experts).reshape(-1)
-            order = jnp.argsort(experts, stable=True)
-            inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-            group_sizes = jnp.zeros(self.config.num_experts, jnp.int32).at[experts].add(1, mode="drop")
-            rows = permute(einops.rearrange(inputs, "t k d -> (t k) d"), order, inverse)
-        with jax.named_scope("experts"):
-            rows = self.experts(rows, group_sizes)
-        with jax.named_scope("combine"):
-            outputs = einops.rearrange(permute(rows, inverse, order), "(t k) d -> t k d", k=self.config.top_k)
-            routed = jnp.sum(outputs, axis=1)
+        flat, flat_present = einops.rearrange(x, "b t d -> (b t) d"), present.reshape(-1)
+        mesh = partitioning.mesh_in_use()
+        if mesh is None:
+            with jax.named_scope("route"):
+                routing, statistics = self.router(flat, flat_present)
+            routed, seen = dispatch.mixture(self.experts, flat, routing, flat_present, self.config.num_experts)
+            fed = (self.shared(flat) + routed).reshape(x.shape)
+        else:  # rows and time stay as they are spread: flat, they would have to move
+            with jax.named_scope("route"):
+                routing, statistics = self.router(x, present)
+            routed, seen = expert_parallel.mixture(mesh, self.experts, x, routing, present, self.config.num_experts)
+            fed = self.shared(x) + routed
         assigned = jnp.sum(present) * self.config.top_k
-        statistics["dropped"] = (assigned - jnp.sum(group_sizes)).astype(jnp.float32)
-        return (self.shared(flat) + routed).reshape(x.shape), statistics
-
-
-@jax.checkpoint  # the gradient keeps x, which the router and the shared expert keep as well, and no copies of it
-def _scaled(x: jax.Array, scores: jax.Array) -> jax.Array:
-    """x [t d] times each of its scores [t k]: [t k d]."""
-    return x[:, None] * scores[..., None]
-
-
-@jax.custom_vjp
-def permute(rows: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """rows[order], whose gradient is a gather by the inverse permutation and not a scatter."""
-    return rows[order]
-
-
-def _permute_forward(rows, order, inverse):
-    return rows[order], inverse
-
-
-def _permute_backward(inverse, gradient):
-    return gradient[inverse], None, None
-
-
-permute.defvjp(_permute_forward, _permute_backward)
+        statistics["dropped"] = (assigned - seen).astype(jnp.float32)
+        return fed, statistics

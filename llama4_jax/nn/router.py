@@ -19,14 +19,14 @@ from llama4_jax.core import parameter
 
 @struct.dataclass
 class Routing:
-    """experts [t k] int32, the chosen ones; scores [t k] in the activations' dtype, in (0, 1)."""
+    """experts [.. k] int32, the chosen ones; scores [.. k] in the activations' dtype, in (0, 1)."""
 
     experts: jax.Array
     scores: jax.Array
 
 
 class Router(nnx.Module):
-    """x [t d] in; Routing and statistics out. Computes in the dtype of its kernel: keep it fp32 for training."""
+    """x [.. d] in; Routing and statistics out. Computes in the dtype of its kernel: keep it fp32 for training."""
 
     def __init__(self, config: MoeConfig, embed_dim: int, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.config = config
@@ -36,8 +36,8 @@ class Router(nnx.Module):
         self.selection_bias = bias
 
     def __call__(self, x: jax.Array, present: jax.Array) -> tuple[Routing, dict[str, jax.Array]]:
-        """`present` [t] bool tells tokens from padding, which counts in no statistic."""
-        logits = x.astype(self.kernel.dtype) @ self.kernel[...]  # [t e]
+        """`present` [..] bool tells tokens from padding, which counts in no statistic."""
+        logits = x.astype(self.kernel.dtype) @ self.kernel[...]  # [.. e]
         if self.selection_bias is None:
             # The order of logits is that of their sigmoids, which saturate and would tie.
             chosen, experts = jax.lax.top_k(logits, self.config.top_k)
@@ -59,19 +59,24 @@ def statistics(logits: jax.Array, experts: jax.Array, present: jax.Array) -> dic
     """
     num_experts = logits.shape[-1]
     logits = logits.astype(jnp.float32)
-    weight = present.astype(jnp.float32)  # [t]
+    weight = present.astype(jnp.float32)  # [..]
     tokens = jnp.maximum(jnp.sum(weight), 1.0)
-    counts = jnp.zeros(num_experts).at[experts].add(weight[:, None])
+
+    def total(values):  # over tokens, [..] or [.. e]
+        return jnp.tensordot(weight, values, axes=weight.ndim)
+
+    chosen = jax.nn.one_hot(experts, num_experts).sum(axis=-2)  # [.. e]
+    counts = total(chosen)
     load = counts / jnp.maximum(jnp.sum(counts), 1.0)
     sigmoids = jax.nn.sigmoid(logits)
-    share = sigmoids / (jnp.sum(sigmoids, axis=-1, keepdims=True) + 1e-20)  # [t e]
-    mean_share = weight @ share / tokens
+    share = sigmoids / (jnp.sum(sigmoids, axis=-1, keepdims=True) + 1e-20)  # [.. e]
+    mean_share = total(share) / tokens
     entropy = -jnp.sum(share * jnp.log(share + 1e-20), axis=-1)
     return {
         "load": load,
         "max_load": jnp.max(load) * num_experts,
         "dead": jnp.sum(counts == 0).astype(jnp.float32),
-        "entropy": weight @ entropy / tokens,
+        "entropy": total(entropy) / tokens,
         "balance_loss": num_experts * jnp.sum(load * mean_share),
-        "z_loss": weight @ jnp.square(jax.nn.logsumexp(logits, axis=-1)) / tokens,
+        "z_loss": total(jnp.square(jax.nn.logsumexp(logits, axis=-1))) / tokens,
     }
