@@ -5,14 +5,19 @@ only file that names the axes of meshes.
 
 Mesh axes, outermost first: `slice` (copies of the model on slices joined by a slow network), `data` (copies within one),
 `fsdp` (parameters split, gathered where used), `expert` (experts), `context` (time), `tensor` (heads and widths).
+
+`with use(mesh, placement):` sets both for what is traced inside; a jitted function is traced anew for another of either.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import enum
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -46,21 +51,38 @@ def _check_known(name: str, known: Sequence[str], what: str) -> None:
         raise ValueError(f"{what} {name!r} is unknown; {hint}")
 
 
+class TimeOrder(enum.Enum):
+    """How the tokens of a row lie over the devices that share it; `kernels.attention.lay_out` puts a batch so."""
+
+    ROW = "row"  # first tokens on the first device
+    ZIGZAG = "zigzag"  # an early and a late piece on each: causal work is even, see `kernels.attention.ring.order`
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Which mesh axes split each logical axis; one that is not named is whole on every device.
+    """Which mesh axes split each logical axis, and how rows lie; an axis that is not named is whole on every device.
+
+    aligned: a promise about the data: no chunk of a document crosses a multiple of the chunk size, counted from the start
+    of its row. Chunked layers then exchange nothing where each piece of a row is whole chunks. `lay_out` checks it.
+    ring: how keys of global layers travel, a name in `kernels.attention.ring.IMPLEMENTATIONS`.
 
     Invariant: logical names are in LOGICAL_AXES or BATCH_AXES, mesh axes in MESH_AXES. Raises ValueError otherwise.
     """
 
     name: str
     table: Mapping[str, tuple[str, ...]]
+    order: TimeOrder = TimeOrder.ROW
+    aligned: bool = False
+    ring: str = "portable"
 
     def __post_init__(self):
         for logical, axes in self.table.items():
             _check_known(logical, (*LOGICAL_AXES, *BATCH_AXES), f"placement {self.name!r}: logical axis")
             for axis in axes:
                 _check_known(axis, MESH_AXES, f"placement {self.name!r}: mesh axis")
+
+    def __hash__(self):  # of what is compared; the table itself cannot be hashed
+        return hash((self.name, tuple(sorted(self.table.items())), self.order, self.aligned, self.ring))
 
 
 _WIDTHS = {"vocab": ("tensor",), "heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",)}
@@ -71,7 +93,15 @@ TRAIN = Placement(
     | {"experts": ("expert",), "expert_embed": ("fsdp", "context")}
     | {"batch": ("slice", "data", "fsdp", "expert"), "time": ("context",)},
 )
+# Few rows, too long for one device: what splits rows of experts in training splits time, and causal work is made even.
+LONG = Placement(
+    "long",
+    TRAIN.table | {"batch": ("slice", "data", "fsdp"), "time": ("expert", "context")},
+    order=TimeOrder.ZIGZAG,
+)
 SERVE = Placement("serve", _WIDTHS | {"experts": ("expert",), "batch": ("slice", "data", "fsdp", "expert")})
+
+_PLACEMENT = jax.make_user_context(TRAIN)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -91,6 +121,28 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         )
     shape = [len(devices) // known if axis in open_axes else sizes.get(axis, 1) for axis in MESH_AXES]
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, placement: Placement = TRAIN) -> Iterator[None]:
+    """Sets the mesh (`jax.set_mesh`) and the placement in use for the length of a `with` block, outside of `jax.jit`."""
+    with jax.set_mesh(mesh), _PLACEMENT(placement):
+        yield
+
+
+def placement_in_use() -> Placement:
+    """What `use` has set; TRAIN without it."""
+    return _PLACEMENT.value
+
+
+@contextlib.contextmanager
+def promised(*, aligned: bool) -> Iterator[None]:
+    """The placement in use with `aligned` documents where they are known to be, for the length of a `with` block."""
+    if not aligned or mesh_in_use() is None:
+        yield
+        return
+    with _PLACEMENT(dataclasses.replace(placement_in_use(), aligned=True)):
+        yield
 
 
 def mesh_in_use() -> AbstractMesh | None:
@@ -156,9 +208,47 @@ def shardings(model: nnx.Module, placement: Placement, mesh: Mesh) -> nnx.Module
     return jax.tree.map_with_path(of, model, is_leaf=lambda node: isinstance(node, nnx.Param))
 
 
+def gathered(module: nnx.Module) -> nnx.Module:
+    """`module` with what only training splits (the axis `embed`) whole on each device of the mesh in use.
+
+    For a layer about to be used: the compiler gathers its weights in their own dtype, and adds up their gradients by
+    reduce-scatter into the same shards. Routed experts are left as they are; they gather their own. Itself without a mesh.
+    """
+    mesh = mesh_in_use()
+    if mesh is None:
+        return module
+    whole = Placement("gathered", {name: axes for name, axes in TRAIN.table.items() if name != "embed"})
+
+    def gather(parameter: nnx.Param) -> nnx.Param:
+        axes = parameter.axes[-parameter.ndim :]  # inside a scan the axis of layers is gone
+        if "embed" not in axes:
+            return parameter
+        places = (spec(axes, parameter.shape, placement, mesh) for placement in (whole, TRAIN))
+        return parameter.replace(_moved(parameter[...], *(NamedSharding(mesh, place) for place in places)))
+
+    return jax.tree.map(gather, module, is_leaf=lambda node: isinstance(node, nnx.Param))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(array: jax.Array, there: NamedSharding, back: NamedSharding) -> jax.Array:
+    """`array` placed `there`; its gradient is placed `back`. A plain constraint would leave the gradient whole."""
+    return jax.lax.with_sharding_constraint(array, there)
+
+
+_moved.defvjp(
+    lambda array, there, back: (_moved(array, there, back), None),
+    lambda there, back, _, gradient: (jax.lax.with_sharding_constraint(gradient, back),),
+)
+
+
 def batch_sharding(shape: Sequence[int], placement: Placement, mesh: Mesh) -> NamedSharding:
     """Where tokens and all that comes with them, [b t], live."""
     return sharding(BATCH_AXES, shape, placement, mesh)
+
+
+def ways(logical: str, placement: Placement, mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts a logical axis is split."""
+    return math.prod(mesh.shape[axis] for axis in placement.table.get(logical, ()))
 
 
 def _product(sizes: Mapping[str, int]) -> str:

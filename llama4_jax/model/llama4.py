@@ -19,6 +19,7 @@ from llama4_jax.config import Llama4Config
 from llama4_jax.core import partitioning
 from llama4_jax.core.partitioning import Placement
 from llama4_jax.kernels import transposed
+from llama4_jax.kernels.attention import Layout, layout
 from llama4_jax.model import fusion
 from llama4_jax.model.cache import Cache, init_cache
 from llama4_jax.model.decoder import Decoder
@@ -77,6 +78,7 @@ class Llama4(nnx.Module):
         images: [n h w c] float in [-1, 1], tiles in order of appearance over the flattened batch.
         segments: [b t] int32, the document of each token, 0 for padding; default: one document a row, no padding.
         positions: [b t] int32 from 0 in each document; default: counted from the segments, or from the cache.
+            On a mesh whose placement has rows in another order they must be given: see `kernels.attention.lay_out`.
         cache: from `init_cache` or from a call before; a cached row is one document, and its segments tell padding
             (0) from tokens only.
         """
@@ -101,7 +103,9 @@ class Llama4(nnx.Module):
         if images is not None:
             x = self._fuse(x, tokens, images)
         context = self.context(tokens.shape, positions, segments, cache)
-        x, cache, aux = self.decoder(x, context, cache, remat=remat)
+        # Rows of one document begin at its position 0, so that its chunks begin at multiples of their size.
+        with partitioning.promised(aligned=positions is None and segments is None):
+            x, cache, aux = self.decoder(x, context, cache, remat=remat)
         if cache is not None:
             after = jnp.maximum(context.lengths, jnp.max(context.positions, axis=1) + 1)
             cache = cache.replace(lengths=after)
@@ -110,6 +114,7 @@ class Llama4(nnx.Module):
     def context(self, shape, positions=None, segments=None, cache: Cache | None = None) -> Context:
         """Where each token of a call of shape (b, t) stands; see `__call__`."""
         segments = jnp.ones(shape, jnp.int32) if segments is None else jnp.asarray(segments, jnp.int32)
+        layout.require_positions(positions, Layout.in_use())
         if positions is None:
             positions = _count(segments)
             if cache is not None:
@@ -153,7 +158,7 @@ class Llama4(nnx.Module):
         if self.vision is None:
             raise ValueError(f"got images {images.shape}, but this model has no vision tower (config.vision is None)")
         with jax.named_scope("fuse"):
-            return fusion.fuse(x, self.vision(images), tokens == self.config.patch_token)
+            return fusion.fuse(x, self.vision(images), tokens == self.config.patch_token, Layout.in_use())
 
 
 def initialise(

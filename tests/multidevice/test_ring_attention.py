@@ -1,6 +1,5 @@
 """Ring attention over 2, 4 and 8 devices: the reference's output and gradients, in memory and bytes that its pieces need."""
 
-import functools
 import re
 
 import jax
@@ -9,9 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llama4_jax.kernels.attention import api, mask, ring, workloads
+from llama4_jax.core.partitioning import TimeOrder
+from llama4_jax.kernels.attention import Layout, ring, workloads
 from llama4_jax.kernels.attention.blocks import Blocking
-from llama4_jax.testing import budget
+from llama4_jax.testing import spread_attention
+from llama4_jax.testing.spread_attention import check, output_and_gradients
 
 pytestmark = pytest.mark.multidevice
 
@@ -23,18 +24,8 @@ CASES += [("packed_global", 2, False), ("packed_global", 8, True), ("several_chu
 
 
 def spread_inputs(name, devices, zigzag, dtype=jnp.float32):
-    """Arrays and tokens of a workload, filled up to whole pieces and in the order of the ring; the cotangent too."""
-    workload = workloads.SMALL[name]
-    arrays = workload.arrays(dtype=dtype)
-    arrays["cotangent"] = jax.random.normal(jax.random.key(9), arrays["query"].shape, dtype)
-    filling = -workload.query_length % (2 * devices)
-    length = workload.query_length + filling
-    places = ring.order(length, devices) if zigzag else np.arange(length)
-
-    def lay_out(x):
-        return jnp.asarray(np.pad(np.asarray(x), [(0, 0), (0, filling)] + [(0, 0)] * (x.ndim - 2))[:, places])
-
-    return workload, jax.tree.map(lay_out, arrays), jax.tree.map(lay_out, workload.tokens())
+    layout = Layout(devices=devices, order=TimeOrder.ZIGZAG if zigzag else TimeOrder.ROW)
+    return workloads.SMALL[name], *spread_attention.inputs(workloads.SMALL[name], layout, dtype)
 
 
 def over(devices, blocking=None):
@@ -43,44 +34,23 @@ def over(devices, blocking=None):
     return ring.over_mesh(mesh, PartitionSpec(None, "context", None, None), blocking=blocking)
 
 
-def output_and_gradients(attend, arrays, tokens, chunk_size):
-    def call(query, key, value):
-        return attend(query, key, value, **tokens, chunk_size=chunk_size)
-
-    output, pullback = jax.vjp(call, arrays["query"], arrays["key"], arrays["value"])
-    return dict(zip(("output", "query", "key", "value"), (output, *pullback(arrays["cotangent"]))))
-
-
-def check(attend, workload, arrays, tokens):
-    """Within the rounding budget of exact arithmetic, twice: the reference has errors of its own."""
-    run = jax.jit(output_and_gradients, static_argnums=(0, 3))
-    got = run(attend, arrays, tokens, workload.chunk_size)
-    reference = functools.partial(api.attend, implementation="reference")
-    wanted = run(reference, arrays, tokens, workload.chunk_size)
-    names = ("query_positions", "key_positions", "query_segments", "key_segments")
-    seen = np.asarray(mask.visible(*(tokens[name] for name in names), workload.chunk_size))
-    allowed = budget.attention(arrays["query"].dtype, **arrays, visible=seen)
-    for name, value in got.items():
-        assert value.dtype == wanted[name].dtype
-        excess = np.abs(np.asarray(value, np.float64) - np.asarray(wanted[name], np.float64)) / getattr(allowed, name)
-        assert excess.max() <= 2, f"{name} errs by {excess.max():.2f} times its budget"
-
-
 @pytest.mark.parametrize("name, devices, zigzag", CASES)
 def test_a_ring_equals_the_reference(name, devices, zigzag):
     workload, arrays, tokens = spread_inputs(name, devices, zigzag)
-    check(over(devices, Blocking(queries=8, keys=4, chunk_size=workload.chunk_size)), workload, arrays, tokens)
+    attend = over(devices, Blocking(queries=8, keys=4, chunk_size=workload.chunk_size))
+    check(attend, arrays, tokens, workload.chunk_size)
 
 
 def test_bfloat16_is_merged_in_float32():
     workload, arrays, tokens = spread_inputs("packed_global", 4, True, jnp.bfloat16)
-    check(over(4), workload, arrays, tokens)
+    check(over(4), arrays, tokens, workload.chunk_size)
 
 
 def test_a_ring_goes_with_rows_and_heads_spread_over_other_axes():
     workload, arrays, tokens = spread_inputs("packed", 2, True)
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "context", "tensor"))
-    check(ring.over_mesh(mesh, PartitionSpec("data", "context", "tensor", None)), workload, arrays, tokens)
+    attend = ring.over_mesh(mesh, PartitionSpec("data", "context", "tensor", None))
+    check(attend, arrays, tokens, workload.chunk_size)
 
 
 def test_a_row_that_sees_nothing_anywhere_gives_zeros():

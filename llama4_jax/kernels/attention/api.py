@@ -2,7 +2,8 @@
 
 A backend for TPU or GPU is a function with the signature of `reference.attend`; it joins `IMPLEMENTATIONS`, is chosen
 in `choose`, and raises `NotImplementedError` for what it cannot do. Nothing depends on where in an array a token lies,
-only on positions and segments, so a ring that passes keys between devices passes these along and keeps the rule.
+only on positions and segments, so a ring that passes keys between devices passes these along and keeps the rule. Over
+several devices chunked layers rely on one thing more: that tokens of a document follow each other (see `layout`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from llama4_jax.core import partitioning
-from llama4_jax.kernels.attention import blockwise, few_queries, reference, ring
+from llama4_jax.kernels.attention import blockwise, few_queries, neighbours, reference, ring
+from llama4_jax.kernels.attention.layout import Layout
 
 IMPLEMENTATIONS = {
     "reference": reference.attend,
@@ -91,23 +93,29 @@ def attend_sequence(
     segments: jax.Array,
     chunk_size: int | None,
 ) -> jax.Array:
-    """`attend` of a whole sequence to itself, spread over the mesh in use (`jax.set_mesh`) if there is one.
+    """`attend` of a whole sequence to itself, spread over the mesh in use (`partitioning.use`) if there is one.
 
-    Then rows, length and heads are cut as `partitioning.TRAIN` says, and keys travel round the devices that share a row.
-    Raises ValueError where a size is not divisible by the devices that share it.
+    Then rows, length and heads are cut as the placement in use says, and tokens lie as it says (`lay_out`). Keys of a
+    layer without chunks travel round the devices that share a row; those of a chunked layer go no further than its chunks
+    reach. Raises ValueError where a size is not divisible by the devices that share it.
     """
     tokens = {"query_positions": positions, "key_positions": positions}
     tokens |= {"query_segments": segments, "key_segments": segments}
-    mesh = partitioning.mesh_in_use()
+    mesh, placement = partitioning.mesh_in_use(), partitioning.placement_in_use()
     if mesh is None:
         return attend(query, key, value, **tokens, chunk_size=chunk_size)
     _check(query, key, value, chunk_size)
     _check_tokens("query", query, positions, segments)
-    spec = partial(partitioning.spec, placement=partitioning.TRAIN, mesh=mesh)
+    spec = partial(partitioning.spec, placement=placement, mesh=mesh)
     spec(("batch", "time", "kv_heads", "head_dim"), key.shape)  # keys are cut as queries are, and there are fewer heads
-    queries = spec(("batch", "time", "heads", "head_dim"), query.shape)
+    queries, layout = spec(("batch", "time", "heads", "head_dim"), query.shape), Layout.of(placement, mesh)
+    layout.check(query.shape[1])
+    if chunk_size is None:
+        spread = ring.over_mesh(mesh, queries, implementation=placement.ring)
+    else:
+        spread = neighbours.over_mesh(mesh, queries, layout)
     with jax.named_scope("attend"):
-        return ring.over_mesh(mesh, queries)(query, key, value, **tokens, chunk_size=chunk_size)
+        return spread(query, key, value, **tokens, chunk_size=chunk_size)
 
 
 def choose(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> str:

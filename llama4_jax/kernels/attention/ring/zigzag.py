@@ -22,13 +22,23 @@ def order(length: int, devices: int) -> np.ndarray:
     `array[:, p]` is put in order and `array[:, np.argsort(p)]` takes it back. Raises ValueError for a length that
     2 * devices does not divide.
     """
+    return np.arange(length).reshape(-1, piece_length(length, devices))[pieces(devices)].ravel()
+
+
+def pieces(devices: int) -> np.ndarray:
+    """The piece of the sequence in each place, [2 devices]: 0, 2n - 1, 1, 2n - 2, ..."""
+    early = np.arange(devices)
+    return np.stack([early, 2 * devices - 1 - early], axis=1).ravel()
+
+
+def piece_length(length: int, devices: int) -> int:
+    """Tokens of one of 2 * devices equal pieces; raises ValueError where there are none."""
     if length % (2 * devices):
         raise ValueError(
             f"length={length} does not cut into 2 * {devices} equal pieces; pad it to "
             f"{-(-length // (2 * devices)) * 2 * devices} tokens of segment 0"
         )
-    pieces = np.arange(length).reshape(2 * devices, -1)
-    return np.concatenate([pieces[[i, 2 * devices - 1 - i]].ravel() for i in range(devices)])
+    return length // (2 * devices)
 
 
 def work(positions: jax.Array, segments: jax.Array, devices: int, blocking: Blocking) -> np.ndarray:
