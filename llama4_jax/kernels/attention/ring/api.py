@@ -10,9 +10,9 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from llama4_jax.kernels.attention import blockwise, spread
 from llama4_jax.kernels.attention.blocks import Blocking
-from llama4_jax.kernels.attention.ring import portable
+from llama4_jax.kernels.attention.ring import portable, remote
 
-IMPLEMENTATIONS = {"portable": portable.attend}
+IMPLEMENTATIONS = {"portable": portable.attend, "remote": remote.attend}
 
 
 def over_mesh(
