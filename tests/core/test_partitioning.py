@@ -1,5 +1,6 @@
 """Placements turn logical axis names into splits over a mesh, or say what does not fit and what would."""
 
+import dataclasses
 import math
 
 import jax
@@ -9,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from llama4_jax.config import presets
 from llama4_jax.core import names, partitioning
-from llama4_jax.core.partitioning import SERVE, TRAIN, Placement
+from llama4_jax.core.partitioning import LONG, SERVE, TRAIN, Placement
 from llama4_jax.model import Llama4
 
 
@@ -35,6 +36,32 @@ def test_a_batch_is_split_by_rows_and_by_time():
     where = mesh(slice=2, data=2, fsdp=4, context=8)
     spec = partitioning.spec(partitioning.BATCH_AXES, (32, 8192), TRAIN, where)
     assert spec == PartitionSpec(("slice", "data", "fsdp"), "context")
+
+
+def test_long_rows_are_split_over_the_devices_that_split_experts():
+    where = mesh(slice=2, expert=16, context=4)
+    assert partitioning.spec(partitioning.BATCH_AXES, (2, 2**19), LONG, where) == PartitionSpec(
+        "slice", ("expert", "context")
+    )
+    for axes in (("embed", "mlp"), ("experts", "expert_embed")):  # weights as in training
+        assert partitioning.spec(axes, (64, 64), LONG, where) == partitioning.spec(axes, (64, 64), TRAIN, where)
+
+
+def test_a_function_is_traced_anew_for_another_placement():
+    where, traced = partitioning.make_mesh({}, jax.devices()[:1]), []
+
+    @jax.jit
+    def double(x):
+        traced.append(partitioning.placement_in_use().name)
+        return 2 * x
+
+    double(1.0)
+    for placement in (LONG, LONG, TRAIN):
+        with partitioning.use(where, placement):
+            double(1.0)
+    assert traced == ["train", "long", "train"]  # the first without a mesh
+    assert partitioning.placement_in_use() is TRAIN
+    assert hash(LONG) == hash(dataclasses.replace(LONG)) and LONG != dataclasses.replace(LONG, aligned=True)
 
 
 def test_a_size_that_does_not_divide_names_the_sizes_that_would():

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from llama4_jax.core import partitioning
+from llama4_jax.config.train import TrainConfig
+from llama4_jax.core import names, partitioning
 from llama4_jax.core.partitioning import LONG, TRAIN, TimeOrder
-from llama4_jax.kernels.attention import Layout, attend_sequence, neighbours
+from llama4_jax.kernels.attention import Layout, attend_sequence, lay_out, neighbours
 from llama4_jax.kernels.attention.workloads import Workload
 from llama4_jax.plan import count, hlo
-from llama4_jax.testing import spread_attention
+from llama4_jax.testing import spread_attention, tiny
+from llama4_jax.train import losses
 
 pytestmark = pytest.mark.multidevice
 
@@ -37,7 +39,7 @@ ALONE = dataclasses.replace(PACKED, documents=((64,), (50,)), left_padding=(0,))
     [
         (PACKED, 4, TimeOrder.ROW, 16),  # pieces of one chunk, which documents begin anywhere in
         (PACKED, 8, TimeOrder.ROW, 20),  # pieces of 8 tokens: a chunk lies on four devices
-        (PACKED, 2, TimeOrder.ROW, 5),  # the last 4 tokens of a piece are enough
+        (PACKED, 2, TimeOrder.ROW, 6),  # the last 5 tokens of a piece are enough, and in one row needed
         (PACKED, 4, TimeOrder.ZIGZAG, 7),  # pieces of 8
         (PACKED, 4, TimeOrder.ZIGZAG, 30),  # the pieces before both of a device's own, some of them twice
         (ALONE, 4, TimeOrder.ROW, 16),
@@ -108,3 +110,64 @@ def test_an_unaligned_chunked_layer_sends_less_than_a_chunk():
 def test_memory_of_a_device_does_not_grow_with_the_length_of_the_whole():
     few, many = (gradient(TRAIN, {"context": n}, n * 256, 64).memory_analysis().temp_size_in_bytes for n in (2, 8))
     assert many <= 1.02 * few
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A chunked dense layer, then a global layer with experts; pictures; chunks of 4 tokens."""
+    config = tiny.vision_config(num_layers=2)
+    moe = dataclasses.replace(config.text.moe, step=2)
+    return tiny.model(dataclasses.replace(config, text=dataclasses.replace(config.text, moe=moe)))
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    """Two rows of 48 tokens: two documents, padding, and two tiles each, one of them in pieces of several devices."""
+    rng, config = np.random.default_rng(0), model.config
+    tile = config.vision.tokens_per_tile
+    tokens = rng.integers(1, 100, (2, 49)).astype(np.int32)
+    for row, start in ((0, 3), (0, 22), (1, 9), (1, 40)):
+        tokens[row, start : start + tile] = config.patch_token
+    segments = np.repeat([[1] * 29 + [2] * 17 + [0] * 2], 2, axis=0).astype(np.int32)
+    images = rng.uniform(-1, 1, (4, config.vision.image_size, config.vision.image_size, 3)).astype(np.float32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_weights": (segments > 0).astype(np.float32),
+        "positions": np.concatenate([np.arange(29), np.arange(19)])[None].repeat(2, axis=0).astype(np.int32),
+        "segments": segments,
+        "images": images,
+    }
+
+
+def loss_and_gradients(model, batch):
+    structure, params = names.split(model)
+
+    @jax.jit
+    def run(params, batch):
+        def loss(params):
+            terms = losses.next_token(structure.merge(params), batch, None, config=TrainConfig(steps=1))
+            return terms.loss / terms.weight
+
+        return jax.value_and_grad(loss)(params)
+
+    return jax.tree.map(np.asarray, run(params, batch))
+
+
+def test_a_model_on_a_mesh_for_long_rows_equals_one_device(model, batch):
+    """Pictures and packed documents, in zig-zag order over four devices that share each row, and over heads."""
+    wanted_loss, wanted = loss_and_gradients(model, batch)
+    mesh = partitioning.make_mesh({"expert": 2, "context": 2, "tensor": 2})
+    laid_out = lay_out(batch, LONG, mesh)
+    assert laid_out["tokens"][0, 6:12].tolist() == batch["tokens"][0, 42:].tolist()
+    placed = laid_out | {
+        name: jax.device_put(array, partitioning.batch_sharding(array.shape, LONG, mesh))
+        for name, array in laid_out.items()
+        if array.ndim == 2
+    }
+    with partitioning.use(mesh, LONG):
+        loss, found = loss_and_gradients(jax.device_put(model, partitioning.shardings(model, LONG, mesh)), placed)
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    for name, gradient in found.items():
+        scale = np.abs(wanted[name]).max() + 1e-3
+        np.testing.assert_allclose(gradient / scale, wanted[name] / scale, atol=1e-5, err_msg=name)

@@ -172,6 +172,6 @@ def check_aligned(batch: Mapping[str, np.ndarray], chunk_size: int) -> None:
         *row, border = np.argwhere(crossed)[0]
         raise ValueError(
             f"a chunk of {chunk_size} positions crosses token {borders[border]} of row {', '.join(map(str, row))}, but "
-            f"documents are promised to be aligned; start one at a multiple of {chunk_size} where it would cross one in "
-            "the middle of a chunk, or use a placement without `aligned`"
+            f"documents are promised to be aligned; start those that do not fit before the next multiple of {chunk_size} "
+            "there, or use a placement without `aligned`"
         )
