@@ -171,3 +171,17 @@ def test_a_model_on_a_mesh_for_long_rows_equals_one_device(model, batch):
     for name, gradient in found.items():
         scale = np.abs(wanted[name]).max() + 1e-3
         np.testing.assert_allclose(gradient / scale, wanted[name] / scale, atol=1e-5, err_msg=name)
+
+
+def test_rows_of_one_document_are_known_to_be_aligned_and_others_are_not():
+    """One chunked layer of the model, as it is compiled: without segments chunks of 4 lie in pieces of 8 tokens."""
+    model, mesh = tiny.model(tiny.text_config(num_layers=1)), partitioning.make_mesh({"context": 4, "data": 2})
+    token = jax.ShapeDtypeStruct((2, 32), jnp.int32, sharding=partitioning.batch_sharding((2, 32), TRAIN, mesh))
+
+    def compiled(*more):
+        run = lambda tokens, *more: model.hidden(tokens, None, *more).hidden  # noqa: E731
+        with partitioning.use(mesh):
+            return jax.jit(run).lower(token, *more).compile().as_text()
+
+    assert "exchange" in compiled(token, token)
+    assert "exchange" not in compiled()

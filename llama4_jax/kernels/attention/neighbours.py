@@ -15,10 +15,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from llama4_jax.kernels.attention import blockwise, spread
+from llama4_jax.kernels.attention import blocks, blockwise, spread
+from llama4_jax.kernels.attention.blocks import Blocking, Tokens
 from llama4_jax.kernels.attention.layout import Exchange, Layout
 
 
@@ -79,3 +81,21 @@ def _receive(own, exchange: Exchange, piece: int, axis_name: str | tuple[str, ..
 
     # A device receives from one of them; the others give it zeros.
     return functools.reduce(lambda one, other: list(map(jnp.add, one, other)), (sent(*send) for send in exchange.sends))
+
+
+def work(positions: jax.Array, segments: jax.Array, layout: Layout, blocking: Blocking) -> np.ndarray:
+    """As `ring.work`, of a chunked layer: pairs of query and key blocks that each device computes, int [devices].
+
+    positions, segments: [b t], in their places. Its blocks of keys begin with the device's own tokens.
+    """
+    own = [np.stack(np.split(np.asarray(x), layout.devices, axis=1)) for x in (positions, segments)]  # [n b t]
+    piece, held = own[0].shape[2] // layout.slots, [own]
+    for tokens, sends in layout.exchanges(piece, blocking.chunk_size):
+        held.append([np.zeros_like(x[..., :tokens]) for x in own])
+        for slot, pairs in sends:
+            senders, receivers = np.array(pairs).T
+            for received, x in zip(held[-1], own):
+                received[receivers] = x[senders, :, (slot + 1) * piece - tokens : (slot + 1) * piece]
+    keys = Tokens(*(np.concatenate(arrays, axis=-1) for arrays in zip(*held)))
+    met = jax.vmap(lambda queries, keys: blocks.visited(queries, keys, blocking).sum())
+    return np.asarray(met(Tokens(*own), keys))

@@ -8,7 +8,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from llama4_jax.core import partitioning
 from llama4_jax.core.partitioning import LONG, TRAIN, TimeOrder
-from llama4_jax.kernels.attention import Layout, lay_out, ring
+from llama4_jax.kernels.attention import Layout, lay_out, neighbours, ring
+from llama4_jax.kernels.attention.blocks import Blocking
 from llama4_jax.kernels.attention.layout import Exchange, Send
 
 
@@ -105,3 +106,16 @@ def test_a_chunk_that_crosses_a_border_is_named():
 def test_a_promise_cannot_be_checked_without_the_chunk_size():
     with pytest.raises(ValueError, match="placement 'train' promises aligned documents; give chunk_size"):
         lay_out(batch([16]), ALIGNED, mesh(context=2))
+
+
+def test_work_of_a_chunked_layer_is_that_of_its_chunks():
+    """Blocks of 4 tokens, chunks of 16: a triangle of 4 * 5 / 2 pairs each; half of one is left of a shorter piece."""
+    blocking = Blocking(queries=4, keys=4, chunk_size=16)
+    for layout in (Layout(devices=4, aligned=True), Layout(devices=2, order=TimeOrder.ZIGZAG, aligned=True)):
+        rows = [layout.place(array) for array in (np.arange(64)[None], np.ones((1, 64), int))]
+        assert neighbours.work(*rows, layout, blocking).tolist() == [40 // layout.devices] * layout.devices
+    # Pieces of 8: the second of a chunk meets its own 3 pairs and 4 with the first, of which it has the last 7 tokens
+    # in 2 blocks.
+    layout = Layout(devices=8, aligned=True)
+    rows = [np.arange(64)[None], np.ones((1, 64), int)]
+    assert neighbours.work(*rows, layout, blocking).tolist() == [3, 7] * 4

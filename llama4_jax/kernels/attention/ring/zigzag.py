@@ -46,7 +46,9 @@ def work(positions: jax.Array, segments: jax.Array, devices: int, blocking: Bloc
 
     It is what `portable` and `blockwise` visit, and so their time, to a block.
     """
-    spread = [
-        Tokens(*piece) for piece in zip(*(np.split(np.asarray(x), devices, axis=1) for x in (positions, segments)))
-    ]
-    return np.array([sum(int(blocks.visited(own, other, blocking).sum()) for other in spread) for own in spread])
+    spread = Tokens(*(np.stack(np.split(np.asarray(x), devices, axis=1)) for x in (positions, segments)))  # [n b t]
+
+    def met(own: Tokens, other: Tokens) -> jax.Array:
+        return blocks.visited(own, other, blocking).sum()
+
+    return np.asarray(jax.vmap(lambda own: jax.vmap(lambda other: met(own, other))(spread).sum())(spread))
