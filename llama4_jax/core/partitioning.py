@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import difflib
 import enum
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -135,6 +134,12 @@ def placement_in_use() -> Placement:
     return _PLACEMENT.value
 
 
+def batch_axes() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes that split rows and those that split time, in the placement in use."""
+    table = placement_in_use().table
+    return tuple(table.get("batch", ())), tuple(table.get("time", ()))
+
+
 @contextlib.contextmanager
 def promised(*, aligned: bool) -> Iterator[None]:
     """The placement in use with `aligned` documents where they are known to be, for the length of a `with` block."""
@@ -206,39 +211,6 @@ def shardings(model: nnx.Module, placement: Placement, mesh: Mesh) -> nnx.Module
             raise ValueError(f"{jax.tree_util.keystr(path)}: {error}") from None
 
     return jax.tree.map_with_path(of, model, is_leaf=lambda node: isinstance(node, nnx.Param))
-
-
-def gathered(module: nnx.Module) -> nnx.Module:
-    """`module` with what only training splits (the axis `embed`) whole on each device of the mesh in use.
-
-    For a layer about to be used: the compiler gathers its weights in their own dtype, and adds up their gradients by
-    reduce-scatter into the same shards. Routed experts are left as they are; they gather their own. Itself without a mesh.
-    """
-    mesh = mesh_in_use()
-    if mesh is None:
-        return module
-    whole = Placement("gathered", {name: axes for name, axes in TRAIN.table.items() if name != "embed"})
-
-    def gather(parameter: nnx.Param) -> nnx.Param:
-        axes = parameter.axes[-parameter.ndim :]  # inside a scan the axis of layers is gone
-        if "embed" not in axes:
-            return parameter
-        places = (spec(axes, parameter.shape, placement, mesh) for placement in (whole, TRAIN))
-        return parameter.replace(_moved(parameter[...], *(NamedSharding(mesh, place) for place in places)))
-
-    return jax.tree.map(gather, module, is_leaf=lambda node: isinstance(node, nnx.Param))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _moved(array: jax.Array, there: NamedSharding, back: NamedSharding) -> jax.Array:
-    """`array` placed `there`; its gradient is placed `back`. A plain constraint would leave the gradient whole."""
-    return jax.lax.with_sharding_constraint(array, there)
-
-
-_moved.defvjp(
-    lambda array, there, back: (_moved(array, there, back), None),
-    lambda there, back, _, gradient: (jax.lax.with_sharding_constraint(gradient, back),),
-)
 
 
 def batch_sharding(shape: Sequence[int], placement: Placement, mesh: Mesh) -> NamedSharding:

@@ -59,6 +59,7 @@ def test_a_function_is_traced_anew_for_another_placement():
     for placement in (LONG, LONG, TRAIN):
         with partitioning.use(where, placement):
             double(1.0)
+            assert partitioning.batch_axes() == (placement.table["batch"], placement.table["time"])
     assert traced == ["train", "long", "train"]  # the first without a mesh
     assert partitioning.placement_in_use() is TRAIN
     assert hash(LONG) == hash(dataclasses.replace(LONG)) and LONG != dataclasses.replace(LONG, aligned=True)
