@@ -1,7 +1,7 @@
 # What a person does with this checkout, one word each. Every target prepares its own virtual environment first.
 #   make demo       train a small natively multimodal model on real pictures and text, and write a report
 #   make test       the default test suite
-#   make test-all   the default suite, then the comparison with torch and transformers
+#   make test-all   the default suite, then more meshes, then the comparison with torch and transformers
 #   make lint       ruff, check and format
 #   make bench      speed and memory beside transformers; how both grow with experts, depth and length
 # `make test PYTHON=python3.12` uses another interpreter, in a virtual environment of its own.
@@ -35,6 +35,7 @@ test: venv
 	$(RUN) -m pytest $(FLAGS)
 
 test-all: test parity-venv
+	$(RUN) -m pytest -m thorough $(FLAGS)
 	$(RUN_PARITY) -m pytest -m parity $(FLAGS)
 	$(RUN_PARITY) tests/parity/make_goldens.py --check
 
