@@ -43,7 +43,11 @@ class Kept:
         }
 
     def reset(self) -> None:
-        self.writing[0] = 0
+        self._note_writing(0)
+
+    def _note_writing(self, count: int) -> None:
+        writing = self.writing
+        writing[0] = count
 
     def settle(self) -> None:
         """Waits until what was last written is there."""
@@ -52,7 +56,7 @@ class Kept:
         def _():
             for copy in self._copies(self.after, self.written, 0, 0, out=True):
                 copy.wait()
-            self.writing[0] = 0
+            self._note_writing(0)
 
     def update(self, head, block, new, compute: Callable[[], Sequence], merge: Callable[..., Sequence]) -> None:
         """Writes `compute()` to a block, or what `merge` makes of it and of what was there, unless the block is `new`."""
@@ -79,7 +83,7 @@ class Kept:
 
         for copy in self._copies(self.after, self.written, head, block, out=True):
             copy.start()
-        self.writing[0] = 1
+        self._note_writing(1)
 
     def _put(self, values: Sequence) -> None:
         for room, value in zip(self.after, values, strict=True):

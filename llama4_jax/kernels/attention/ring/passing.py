@@ -128,11 +128,11 @@ class Passing:
         """Waits until a panel is in VMEM and notes what it holds; the panel after it is sent for."""
         for copy in self._to_vmem(hop, step):
             copy.wait()
-        tokens = self.panels[2]
+        tokens, extents = self.panels[2], self.extents
 
         def note(block, _):
             for i, bound in enumerate(key_extent(tokens[lax.rem(step, 2), block])):
-                self.extents[block, i] = bound
+                extents[block, i] = bound
             return 0
 
         lax.fori_loop(0, self.cut.panel_blocks, note, 0)

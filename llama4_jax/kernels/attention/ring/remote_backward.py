@@ -11,6 +11,7 @@ Source: Dao et al., "FlashAttention" (2022), appendix B; the second ring as in `
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -27,6 +28,7 @@ from llama4_jax.kernels.attention.ring.pieces import Cut
 from llama4_jax.kernels.attention.ring.remote_forward import parameters
 
 BARRIER = 18
+GROUPS = 8  # of panels that are waited for together: a chip has but a few hundred semaphores
 
 
 def backward(ring: Ring, cut: Cut, queries, keys) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -83,9 +85,14 @@ class Following:
     slots: Sequence  # [2 panels ...] in HBM: what arrives for hop i, in slot i % 2
     sums: Sequence  # [2 ...] in VMEM: those of every other panel
     earlier: Sequence  # [...] in VMEM: what arrived
-    read: jax.Array  # semaphores: [arrays]; of what was sent from each sum [2 arrays]; [2 panels arrays]
+    read: jax.Array  # semaphores: [arrays]; of what was sent from each sum [2 arrays]; [2 groups arrays]
     sent: jax.Array
     arrived: jax.Array
+
+    @property
+    def group(self) -> int:
+        """Panels of a group, which arrive on one semaphore."""
+        return math.ceil(self.cut.steps / GROUPS)
 
     @staticmethod
     def scratch(cut: Cut) -> dict:
@@ -97,8 +104,7 @@ class Following:
             "earlier": [pltpu.VMEM(panel, jnp.float32)] * 2,
             "read": semaphores((2,)),
             "sent": semaphores((2, 2)),
-            # One for each panel: copies need not arrive in the order in which they were sent.
-            "arrived": semaphores((2, cut.steps, 2)),
+            "arrived": semaphores((2, GROUPS, 2)),
         }
 
     def start_panel(self, hop, step) -> None:
@@ -117,9 +123,13 @@ class Following:
         """Adds what earlier devices gave and sends the sum on."""
         place = lax.rem(hop * self.cut.steps + step, 2)
 
+        @pl.when((hop > 0) & (lax.rem(step, self.group) == 0))
+        def _():
+            # For the whole group: copies need not arrive in the order in which they were sent.
+            self._wait_arrivals(hop, step, jnp.minimum(step + self.group, self.cut.steps))
+
         @pl.when(hop > 0)
         def _():
-            self._wait_arrival(hop, step)
             slot = lax.rem(hop, 2)
             copies = [
                 pltpu.make_async_copy(array.at[slot, step], room, self.read.at[i])
@@ -141,22 +151,24 @@ class Following:
             hop, step = divmod(count - 1 - back, self.cut.steps)
             for copy in self._to_next(hop, step):
                 copy.wait_send()
+        self._wait_arrivals(self.ring.size, 0, self.cut.steps)
 
-        def home(step, _):
-            self._wait_arrival(self.ring.size, step)
+    def _wait_arrivals(self, hop, start, end) -> None:
+        def one(step, _):
+            for copy in self._to_next(hop - 1, step):  # the device before sent one like it
+                copy.wait_recv()
             return 0
 
-        lax.fori_loop(0, self.cut.steps, home, 0)
-
-    def _wait_arrival(self, hop, step) -> None:
-        for copy in self._to_next(hop - 1, step):  # the device before sent one like it
-            copy.wait_recv()
+        lax.fori_loop(start, end, one, 0)
 
     def _to_next(self, hop, step):
         place, slot = lax.rem(hop * self.cut.steps + step, 2), lax.rem(hop + 1, 2)
         return [
             self.ring.to_next(
-                total.at[place], array.at[slot, step], self.sent.at[place, i], self.arrived.at[slot, step, i]
+                total.at[place],
+                array.at[slot, step],
+                self.sent.at[place, i],
+                self.arrived.at[slot, step // self.group, i],
             )
             for i, (total, array) in enumerate(zip(self.sums, self.slots))
         ]

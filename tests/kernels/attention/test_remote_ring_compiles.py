@@ -1,0 +1,66 @@
+"""The remote ring compiles for real chips at the sizes of Scout, ahead of time; nothing runs here, and nothing is timed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+# (topology, devices along the ring), the rest along heads: 5 query heads and 1 key-value head of Scout a device.
+PROGRAMS = [("v5e:2x4", 4), ("v5e:2x4", 8), ("v5p:2x2x2", 4), ("v6e:2x4", 4), ("tpu7x:2x2x1", 4)]
+PIECE, HEADS, KV_HEADS, HEAD_DIM = 4096, 5, 1, 128
+
+
+def compiled(topology_name: str, ring: int) -> dict:
+    """Facts of the compiled gradient; in a process that may start libtpu."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from llama4_jax.kernels.attention import ring as ring_attention
+    from llama4_jax.testing.spread_attention import output_and_gradients
+
+    devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology_name).devices)
+    mesh = Mesh(devices.reshape(ring, -1), ("context", "tensor"))
+    spec = PartitionSpec(None, "context", "tensor", None)
+
+    def shape(dtype, spec, *sizes):
+        return jax.ShapeDtypeStruct((1, ring * PIECE, *sizes), dtype, sharding=NamedSharding(mesh, spec))
+
+    tensor = mesh.shape["tensor"]
+    query = shape(jnp.bfloat16, spec, tensor * HEADS, HEAD_DIM)
+    key = shape(jnp.bfloat16, spec, tensor * KV_HEADS, HEAD_DIM)
+    arrays = {"query": query, "key": key, "value": key, "cotangent": query}
+    names = ("query_positions", "key_positions", "query_segments", "key_segments")
+    tokens = dict.fromkeys(names, shape(jnp.int32, PartitionSpec(None, "context")))
+    attend = ring_attention.over_mesh(mesh, spec, implementation="remote")
+    traced = jax.jit(output_and_gradients, static_argnums=(0, 3)).trace(attend, arrays, tokens, None)
+    program = traced.lower(lowering_platforms=("tpu",)).compile()
+    text = program.as_text()
+    return {
+        "kernels": sorted(re.findall(r"%(ring_attention_\w+)\S* = .* custom-call\(", text)),
+        "collectives": re.findall(r" (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", text),
+        "temporaries": program.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def test_the_kernels_compile_for_every_generation_and_memory_does_not_grow_with_the_ring(root):
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    environment.pop("XLA_FLAGS", None)
+    environment["PYTHONPATH"] = str(root)
+    ran = subprocess.run([sys.executable, __file__], cwd=root, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    facts = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    assert len(facts) == len(PROGRAMS)
+    for fact in facts:
+        assert fact["kernels"] == ["ring_attention_backward", "ring_attention_forward"]
+        assert fact["collectives"] == []  # what travels, travels inside the kernels
+    of_four, of_eight = (fact["temporaries"] for fact in facts[:2])
+    assert abs(of_eight - of_four) <= 0.02 * of_four
+
+
+if __name__ == "__main__":
+    for program in PROGRAMS:
+        print(json.dumps(compiled(*program)), flush=True)
