@@ -140,37 +140,41 @@ def batch(model):
     }
 
 
+@jax.jit
 def loss_and_gradients(model, batch):
-    structure, params = names.split(model)
+    def loss(model):
+        terms = losses.next_token(model, batch, None, config=TrainConfig(steps=1))
+        return terms.loss / terms.weight
 
-    @jax.jit
-    def run(params, batch):
-        def loss(params):
-            terms = losses.next_token(structure.merge(params), batch, None, config=TrainConfig(steps=1))
-            return terms.loss / terms.weight
+    loss, gradients = jax.value_and_grad(loss)(model)
+    return names.split(gradients)[1] | {"loss": loss}
 
-        return jax.value_and_grad(loss)(params)
 
-    return jax.tree.map(np.asarray, run(params, batch))
+def rounded(model):
+    """Each weight moved by one rounding, up or down."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda w: w * (1 + rng.choice([-1, 1], w.shape) * 2.0**-24).astype(np.float32), model)
 
 
 def test_a_model_on_a_mesh_for_long_rows_equals_one_device(model, batch):
-    """Pictures and packed documents, in zig-zag order over four devices that share each row, and over heads."""
-    wanted_loss, wanted = loss_and_gradients(model, batch)
-    mesh = partitioning.make_mesh({"expert": 2, "context": 2, "tensor": 2})
+    """Pictures and packed documents, in zig-zag order over all eight devices: more than there are rows.
+
+    Allowed is a small multiple of what one rounding of every weight changes.
+    """
+    wanted, moved = loss_and_gradients(model, batch), loss_and_gradients(rounded(model), batch)
+    mesh = partitioning.make_mesh({"expert": 4, "context": 2})
     laid_out = lay_out(batch, LONG, mesh)
-    assert laid_out["tokens"][0, 6:12].tolist() == batch["tokens"][0, 42:].tolist()
+    assert laid_out["tokens"][0, 3:6].tolist() == batch["tokens"][0, 45:].tolist()
     placed = laid_out | {
         name: jax.device_put(array, partitioning.batch_sharding(array.shape, LONG, mesh))
         for name, array in laid_out.items()
         if array.ndim == 2
     }
     with partitioning.use(mesh, LONG):
-        loss, found = loss_and_gradients(jax.device_put(model, partitioning.shardings(model, LONG, mesh)), placed)
-    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
-    for name, gradient in found.items():
-        scale = np.abs(wanted[name]).max() + 1e-3
-        np.testing.assert_allclose(gradient / scale, wanted[name] / scale, atol=1e-5, err_msg=name)
+        found = loss_and_gradients(jax.device_put(model, partitioning.shardings(model, LONG, mesh)), placed)
+    for name in wanted:
+        error, rounding = (np.linalg.norm(other[name] - wanted[name]) for other in (jax.device_get(found), moved))
+        assert error <= 5 * rounding + 1e-6 * np.linalg.norm(wanted[name]), name
 
 
 def test_rows_of_one_document_are_known_to_be_aligned_and_others_are_not():
