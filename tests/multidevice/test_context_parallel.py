@@ -189,3 +189,5 @@ def test_rows_of_one_document_are_known_to_be_aligned_and_others_are_not():
 
     assert "exchange" in compiled(token, token)
     assert "exchange" not in compiled()
+    with partitioning.use(mesh, LONG), pytest.raises(ValueError, match="zigzag order over 4 devices.* give positions"):
+        model(jnp.ones((2, 32), jnp.int32))
