@@ -8,7 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 
-from llama4_jax.config import Attention, FeedForward, Llama4Config, MoeConfig, TextConfig, VisionConfig, layer_kinds
+from llama4_jax.config import (
+    Attention,
+    FeedForward,
+    LayerKind,
+    Llama4Config,
+    MoeConfig,
+    TextConfig,
+    VisionConfig,
+    layer_kinds,
+)
+from llama4_jax.config.lora import LoraConfig, matches
+
+_PROJECTIONS = ("query", "key", "value", "output")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +117,41 @@ def cache_bytes(config: Llama4Config, length: int, *, batch: int = 1, bytes_per_
         for kind in layer_kinds(config.text)
     )
     return batch * slots * slot
+
+
+def adapter_parameters(config: Llama4Config, adapters: LoraConfig) -> int:
+    """Weights of the adapters that `adapters` puts on the model; targets name parameters, not single layers.
+
+    Raises ValueError for a target that describes no parameter of the model, as `model.lora.attach` does.
+    """
+    layers = [_adapter_sides(config.text, kind) for kind in layer_kinds(config.text)]
+    chosen = {
+        pattern: {name for name in set().union(*layers) if matches(name, pattern)} for pattern in adapters.targets
+    }
+    for pattern, names in chosen.items():
+        if not names:
+            raise ValueError(
+                f"target {pattern!r} describes no parameter that can have an adapter; this model has "
+                f"{', '.join(sorted(set().union(*layers)))}"
+            )
+    named = set().union(*chosen.values())
+    return adapters.rank * sum(sides for layer in layers for name, sides in layer.items() if name in named)
+
+
+def _adapter_sides(text: TextConfig, kind: LayerKind) -> dict[str, int]:
+    """Parameter of a layer -> the inputs and outputs, added up, between which adapters on it lie (see `nn.lora`)."""
+    d, attention, moe = text.embed_dim, text.attention, text.moe
+    queries, keys = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+    sides = {f"attention.{name}.kernel": d + width for name, width in zip(_PROJECTIONS, (queries, keys, keys, queries))}
+
+    def swiglu(path: str, width: int) -> dict[str, int]:  # gate and up have adapters of their own
+        return {f"feed_forward.{path}gate_up.kernel": 2 * (d + width), f"feed_forward.{path}down.kernel": width + d}
+
+    if kind.feed_forward is FeedForward.DENSE:
+        return sides | swiglu("", text.mlp_dim)
+    sides |= swiglu("shared.", moe.expert_dim)
+    sides["feed_forward.experts.gate_up"] = moe.num_experts * (d + 2 * moe.expert_dim)
+    return sides | {"feed_forward.experts.down": moe.num_experts * (moe.expert_dim + d)}
 
 
 def _swiglu(embed_dim: int, mlp_dim: int) -> int:
