@@ -4,10 +4,10 @@
     python tests/plan/make_compiled_memory.py --case=NAME     compile one and print its numbers as JSON
 
 Nothing is run and no chip is needed (pip install libtpu, the extra [plan]); a training step takes the compiler a minute or
-two of two CPU cores, a decoding step seconds. The measure is `peak_memory_in_bytes`. Arguments and temporaries added up are
-more, by gaps that the compiler closes when it must: the case "adapters" with 180 rows has 17.7 GiB of them, a peak of 14.2,
-and compiles for a chip of 16. Sizes are such that the 128 MiB of on-chip memory, which the compiler counts in
-with the rest, are little beside them, and heads have the chip's width of 128.
+two of two CPU cores, a decoding step seconds. The measure is `peak_memory_in_bytes`. Arguments and
+temporaries added up are more than a chip must hold: of the case "adapters" with 180 rows they are 17.7 GiB, with a peak of
+14.2, and it compiles for a chip of 16; with 220 rows it is refused. Sizes are such that the 128 MiB of on-chip
+memory, which the compiler counts in with the rest, are little beside them, and heads have the chip's width of 128.
 """
 
 from __future__ import annotations
