@@ -167,7 +167,7 @@ class Store:
                 target = target.with_name(target.name + "+")
             (self.folder / str(step)).rename(target)
             logger.warning("damaged checkpoint of step %d moved to %s; using step %d", step, target, used)
-        int(processes.largest(0))  # after that all see it moved
+        processes.wait_for_all()  # after that all see it moved
         self._manager.reload()
 
 

@@ -91,6 +91,11 @@ def largest(value: int) -> jax.Array | np.ndarray:
         return find(values)
 
 
+def wait_for_all() -> None:
+    """Returns in every process once all have called it, however late the last."""
+    int(largest(0))
+
+
 def fail_together(error: Exception | None) -> None:
     """Raises `error` if there is one, and AnotherProcessError if only another process has one. All must call it."""
     failed = int(largest(error is not None))

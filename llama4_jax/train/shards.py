@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llama4_jax.core import partitioning
+from llama4_jax.core import partitioning, processes
 from llama4_jax.core.partitioning import TRAIN
 from llama4_jax.train.state import TrainState
 
@@ -98,14 +98,19 @@ def keep_places(step_function: Callable, state: TrainState, mesh: Mesh) -> Calla
     """`step_function` with its state where `state` is, step after step, and its metrics whole on every device.
 
     Left to itself the compiler may divide what comes out of a step unlike what went in, and the next step would be
-    compiled anew.
+    compiled anew. Processes begin the first step together, however long each has compiled: one that is ahead would give up
+    on the others, since new connections wait half a minute and no longer.
     """
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     whole = NamedSharding(mesh, PartitionSpec())
     step = jax.jit(step_function, out_shardings=(places, whole), donate_argnums=0)
+    compiled = []
 
     def take(state: TrainState, batch: Batch):
         with jax.set_mesh(mesh):
+            if not compiled:
+                compiled.append(step.lower(state, batch).compile())
+                processes.wait_for_all()
             return step(state, batch)
 
     return take
