@@ -28,6 +28,17 @@ class OptimizerConfig:
         _share(self, "final_fraction", "beta1", "beta2", "momentum")
 
 
+# Names that layers give to what is worth keeping; all else in a block is computed again in the backward pass. Kept bytes
+# buy as many products wherever they are spent on projections of the residual stream, and twice as many on attention.
+REMAT = {
+    "none": None,  # everything is kept and nothing computed again
+    "block": (),
+    "attention": ("attended",),  # the output of attention and its log-sum-exp
+    "projections": ("query_key_value", "attended", "after_attention"),  # feed-forward layers alone are computed again
+    "shared": ("shared",),  # gate and up of dense feed-forward layers and shared experts
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run, apart from the model and the data."""
@@ -36,7 +47,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     accumulation: int = 1  # loader batches whose gradients make one step
     compute_dtype: str = "float32"  # "float32" or "bfloat16"; master weights and router stay float32
-    remat: str = "none"  # "none" or "block": recompute each decoder block in the backward pass
+    remat: str = "none"  # what the backward pass finds, besides each block's input: see REMAT
     z_loss: float = 0.0  # weight of logsumexp(logits)^2, which keeps logits from drifting
     balance_loss: float = 0.0  # weight of the experts' balance loss
     router_z_loss: float = 0.0  # weight of the router's own z-loss
@@ -50,7 +61,7 @@ class TrainConfig:
 
     def __post_init__(self):
         _member(self, "compute_dtype", ("float32", "bfloat16"))
-        _member(self, "remat", ("none", "block"))
+        _member(self, "remat", tuple(REMAT))
         _member(self, "on_nan", ("stop", "rollback"))
         _positive(self, "steps", "accumulation", "logits_limit", "log_every", "save_every", "keep")
         _not_negative(self, "z_loss", "balance_loss", "router_z_loss", "bias_rate")

@@ -15,6 +15,7 @@ from flax import nnx
 from llama4_jax.config import TextConfig, layer_kinds
 from llama4_jax.core import parameter
 from llama4_jax.model.cache import Cache
+from llama4_jax.nn import spread
 from llama4_jax.nn.attention import Context
 from llama4_jax.nn.block import Block
 
@@ -46,31 +47,39 @@ class Decoder(nnx.Module):
         cached_period = cache.period if cache else (None,) * len(self.period)
         cached_tail = cache.tail if cache else (None,) * len(self.tail)
 
-        def run(x, blocks, caches):
+        def run(x, block, cache):
+            # Without a cache it is training: weights lie in shards that are gathered for the layer and forgotten.
+            return (spread.marked(block) if cache is None else block)(x, context, cache)
+
+        # A loop's body cannot be merged with its recomputation; a plain layer would be, and is kept from it.
+        scan_run, run = (_rematerialised(run, remat, prevent_cse) for prevent_cse in (False, True))
+
+        def step(x, period):
             new_caches, statistics = [], []
-            for block, layer_cache in zip(blocks, caches, strict=True):
-                x, layer_cache, layer_statistics = block(x, context, layer_cache)
+            for block, layer_cache in zip(*period, strict=True):
+                x, layer_cache, layer_statistics = scan_run(x, block, layer_cache)
                 new_caches.append(layer_cache)
                 statistics += [layer_statistics] if layer_statistics else []
             return x, (tuple(new_caches), statistics)
 
-        scan_run = run
-        if remat:
-            policy = remat if callable(remat) else None
-            # A loop's body cannot be merged with its recomputation; a plain layer would be, and is kept from it.
-            scan_run, run = jax.checkpoint(run, policy=policy, prevent_cse=False), jax.checkpoint(run, policy=policy)
         new_period, scanned = (), []
         if self.periods:
-            step = lambda x, layer: scan_run(x, *layer)  # noqa: E731
             x, (new_period, scanned) = jax.lax.scan(step, x, (list(self.period), cached_period))
         new_tail, tail = [], []
         for block, layer_cache in zip(self.tail, cached_tail, strict=True):
-            x, (layer_caches, statistics) = run(x, [block], [layer_cache])
-            new_tail += layer_caches
-            tail += statistics
+            x, layer_cache, layer_statistics = run(x, block, layer_cache)
+            new_tail.append(layer_cache)
+            tail += [layer_statistics] if layer_statistics else []
         if cache:
             cache = cache.replace(period=new_period, tail=tuple(new_tail))
         return x, cache, _in_layer_order(scanned, tail)
+
+
+def _rematerialised(run: Callable, remat: bool | Callable | None, prevent_cse: bool) -> Callable:
+    """`run`, one layer, which in the backward pass computes again what `remat` does not keep."""
+    if not remat:
+        return run
+    return jax.checkpoint(run, policy=remat if callable(remat) else None, prevent_cse=prevent_cse)
 
 
 def _in_layer_order(scanned: list[dict], tail: list[dict]) -> dict[str, jax.Array]:

@@ -11,6 +11,7 @@ import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jax.ad_checkpoint import checkpoint_name
 
 from llama4_jax.config import Attention, AttentionConfig, LayerKind
 from llama4_jax.kernels import attention as kernels
@@ -98,6 +99,7 @@ class DecoderAttention(nnx.Module):
         if self.kind.temperature:
             scale = temperature(context.positions, self.config)[..., None, None]
             query = (query.astype(jnp.float32) * scale).astype(query.dtype)
+        query, key, value = (checkpoint_name(x, "query_key_value") for x in (query, key, value))
         with jax.named_scope("attend"):
             attended, cache = self._attend(query, key, value, context, cache)
         return self.output(attended), cache

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llama4_jax.config import FeedForward, LayerKind, TextConfig
 from llama4_jax.nn.attention import Context, DecoderAttention, LayerCache
@@ -33,7 +34,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None, dict[str, jax.Array] | None]:
         """x [b t d] in; x, the layer's cache and (of a mixture) the router's statistics out."""
         attended, cache = self.attention(self.attention_norm(x), context, cache)
-        x = x + attended
+        x = checkpoint_name(x + attended, "after_attention")
         normed = self.feed_forward_norm(x)
         if self.kind.feed_forward is FeedForward.MOE:
             fed, statistics = self.feed_forward(normed, context.segments != 0)

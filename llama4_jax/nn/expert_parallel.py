@@ -28,7 +28,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from llama4_jax.core import partitioning
 from llama4_jax.core.partitioning import Placement
 from llama4_jax.kernels.exchange import Parts, Schedule, owned, ragged_all_to_all
-from llama4_jax.nn import dispatch
+from llama4_jax.nn import dispatch, spread
 from llama4_jax.nn.dispatch import Sorting
 from llama4_jax.nn.router import Routing
 
@@ -246,7 +246,7 @@ def _reduced(gradients: nnx.Module, mesh: AbstractMesh) -> nnx.Module:
                 a for a in partitioning.TRAIN.table.get(name, ()) if a in left and name not in _READ.table
             )
             if scattered:
-                gradient = lax.psum_scatter(gradient, scattered, scatter_dimension=dimension, tiled=True)
+                gradient = spread.parted(gradient, scattered, dimension)
                 left -= set(scattered)
         return param.replace(lax.psum(gradient, tuple(axis for axis in mesh.axis_names if axis in left)))
 

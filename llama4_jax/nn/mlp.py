@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llama4_jax.nn.linear import Linear
 
@@ -17,7 +18,7 @@ class Mlp(nnx.Module):
         self.down = Linear((mlp_dim,), (embed_dim,), ("mlp", "embed"), rngs=rngs, gain=output_gain, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(swiglu(self.gate_up(x)))
+        return self.down(swiglu(checkpoint_name(self.gate_up(x), "shared")))
 
 
 @jax.checkpoint  # the gradient keeps gate and up, and not three more arrays of their size

@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from llama4_jax.config.train import TrainConfig
+from llama4_jax.config.train import REMAT, TrainConfig
+from llama4_jax.core import partitioning
+from llama4_jax.train import spread_loss
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,23 @@ class Terms(NamedTuple):
     loss: jax.Array  # [] weighted sum, the quantity that is differentiated
     weight: jax.Array  # [] sum of the loss weights
     sums: dict[str, jax.Array]  # metrics, each times the weight
+
+
+class Vocabulary:
+    """The columns of the logits that a device sees: here all of them; `spread_loss` has a part on each device."""
+
+    first = 0
+
+    def highest(self, x: jax.Array) -> jax.Array:
+        """The highest over all parts, of each part's highest."""
+        return x
+
+    def total(self, x: jax.Array) -> jax.Array:
+        """The sum over all parts, of each part's sum."""
+        return x
+
+
+WHOLE = Vocabulary()
 
 
 def next_token(model, batch: dict[str, jax.Array], rng: jax.Array, *, config: TrainConfig) -> Terms:
@@ -46,7 +65,7 @@ def next_token(model, batch: dict[str, jax.Array], rng: jax.Array, *, config: Tr
         images=batch.get("images"),
         positions=batch["positions"],
         segments=batch["segments"],
-        remat=True if config.remat == "block" else None,
+        remat=rematerialisation(config.remat),
     )
     weights = batch["loss_weights"].astype(jnp.float32)
     total, nll = cross_entropy(
@@ -67,6 +86,12 @@ def next_token(model, batch: dict[str, jax.Array], rng: jax.Array, *, config: Tr
     return Terms(total + weight * router_loss, weight, sums)
 
 
+def rematerialisation(name: str):
+    """What `Llama4.hidden` takes for a name in `config.train.REMAT`."""
+    kept = REMAT[name]
+    return None if kept is None else jax.checkpoint_policies.save_only_these_names(*kept)
+
+
 def cross_entropy(
     hidden: jax.Array,
     unembedding: jax.Array,
@@ -84,6 +109,9 @@ def cross_entropy(
     """
     b, t, _ = hidden.shape
     v = unembedding.shape[1]
+    mesh = partitioning.mesh_in_use()
+    if mesh is not None:  # the limit is for one device's share
+        b, t, v = (-(-size // ways) for size, ways in zip((b, t, v), spread_loss.ways(mesh)))
     chunks = min(t, -(-b * t * v // logits_limit))
     if chunks > 1:
         _report_chunks(b * t, v, chunks, logits_limit)
@@ -101,7 +129,7 @@ def _report_chunks(tokens: int, v: int, chunks: int, limit: int) -> None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _sums(hidden, unembedding, targets, weights, z_loss, chunks):
     def add(sums, chunk):
-        total, nll, _ = _token_sums(*chunk, unembedding, z_loss)
+        total, nll, _ = _token_sums(*chunk, unembedding, z_loss=z_loss)
         return (sums[0] + total, sums[1] + nll), None
 
     zero = jnp.zeros((), jnp.float32)
@@ -109,8 +137,16 @@ def _sums(hidden, unembedding, targets, weights, z_loss, chunks):
 
 
 def _sums_forward(hidden, unembedding, targets, weights, z_loss, chunks):
+    mesh = partitioning.mesh_in_use()
+    if mesh is not None and spread_loss.divides(mesh, *hidden.shape[:2], unembedding.shape[1]):
+        fold = functools.partial(_over_time, chunks=chunks)
+        total, nll, *gradients = spread_loss.sums(
+            mesh, hidden, unembedding, targets, weights, functools.partial(_token_sums, z_loss=z_loss), fold
+        )
+        return (total, nll), (*gradients, targets.shape)
+
     def add(carry, chunk):
-        total, nll, logits_gradient = _token_sums(*chunk, unembedding, z_loss)
+        total, nll, logits_gradient = _token_sums(*chunk, unembedding, z_loss=z_loss)
         # The matrix products of the backward pass run in the compute dtype, as the plain loss's would.
         logits_gradient = logits_gradient.astype(unembedding.dtype)
         hidden_gradient = jnp.einsum("btv,dv->btd", logits_gradient, unembedding).astype(hidden.dtype)
@@ -138,19 +174,20 @@ def _sums_backward(z_loss, chunks, residuals, cotangents):
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _token_sums(hidden, targets, weights, unembedding, z_loss):
+def _token_sums(hidden, targets, weights, unembedding, vocabulary=WHOLE, *, z_loss):
     """Weighted loss and nll of one chunk, and the gradient of the loss in its logits [b t v] (dead code if unused)."""
     # Float32 logits: a softmax over 200k entries loses its tail in bfloat16.
     logits = jnp.einsum("btd,dv->btv", hidden, unembedding, preferred_element_type=jnp.float32)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)  # [b t]
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    onehot = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == (targets - vocabulary.first)[..., None]
+    peak = vocabulary.highest(logits.max(-1))
+    exponentials = jnp.exp(logits - peak[..., None])
+    total = vocabulary.total(exponentials.sum(-1))
+    normaliser = peak + jnp.log(total)  # [b t]
+    chosen = vocabulary.total(jnp.where(onehot, logits, 0.0).sum(-1))
     nll = weights * (normaliser - chosen)
-    total = nll + z_loss * weights * normaliser**2
-    softmax = jnp.exp(logits - normaliser[..., None])
     pull = weights * (1.0 + 2.0 * z_loss * normaliser)
-    onehot = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
-    gradient = pull[..., None] * softmax - jnp.where(onehot, weights[..., None], 0.0)
-    return total.sum(), nll.sum(), gradient
+    gradient = (pull / total)[..., None] * exponentials - jnp.where(onehot, weights[..., None], 0.0)
+    return (nll + z_loss * weights * normaliser**2).sum(), nll.sum(), gradient
 
 
 def _over_time(function, start, inputs, chunks):

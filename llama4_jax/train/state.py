@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 Params = dict[str, jax.Array]
 
@@ -42,3 +45,21 @@ def cast(params: Params, dtype) -> Params:
     in the dtype of the master weights.
     """
     return {name: value if name.endswith(_ALWAYS_FLOAT32) else value.astype(dtype) for name, value in params.items()}
+
+
+def shardings(state: TrainState, places: Mapping[str, NamedSharding]) -> TrainState:
+    """Where each array of `state`, which may be abstract, lives: moments as the parameter they belong to, the rest whole.
+
+    places: of the parameters, by name.
+    """
+    whole = NamedSharding(next(iter(places.values())).mesh, PartitionSpec())
+
+    def place(path, leaf):
+        owner = next((name for name in map(_key, reversed(path)) if name in places), None)
+        return places[owner] if owner is not None and state.params[owner].shape == leaf.shape else whole
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _key(entry: Any) -> Any:
+    return getattr(entry, "key", None)

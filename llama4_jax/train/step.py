@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from llama4_jax.config import FeedForward, TextConfig, layer_kinds
 from llama4_jax.config.train import TrainConfig
-from llama4_jax.core.names import Structure
+from llama4_jax.core import partitioning
+from llama4_jax.core.names import Structure, split
 from llama4_jax.train import optim
 from llama4_jax.train.losses import Terms
-from llama4_jax.train.state import Params, TrainState, cast
+from llama4_jax.train.state import Params, TrainState, cast, shardings
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -46,12 +48,16 @@ def make(
         )
 
     def loss(params: Params, batch: Batch, rng):
-        terms = objective(structure.merge(cast(params, dtype)), batch, rng)
+        terms = objective(structure.merge(params), batch, rng)
         return terms.loss, terms
 
     def step(state: TrainState, batch: Batch):
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        gradients, terms = _accumulate(jax.grad(loss, has_aux=True), state.params, batch, rng, config.accumulation)
+        places = _places(structure, state.params)
+        # Cast where they lie: what is gathered is in the compute dtype, and so is what gradients travel and rest in.
+        params = _placed(cast(state.params, dtype), places)
+        gradients, terms = _accumulate(jax.grad(loss, has_aux=True), params, batch, rng, config.accumulation)
+        gradients = _placed(gradients, places)
         # A batch without a single weighted token is a step without a gradient, not a division by zero.
         weight = jnp.where(terms.weight > 0, terms.weight, 1.0)
         metrics = {name: total / weight for name, total in terms.sums.items()}
@@ -61,12 +67,12 @@ def make(
         finite = jnp.isfinite(metrics["objective"]) & jnp.isfinite(metrics["grad_norm"])
 
         def updated(state: TrainState, gradients: Params) -> TrainState:
-            gradients = jax.tree.map(lambda g: (g / weight).astype(g.dtype), gradients)
+            gradients = {name: (g / weight).astype(state.params[name].dtype) for name, g in gradients.items()}
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             if rows:
                 params |= move_selection_bias(params, metrics["load"], rows, config.bias_rate)
-            return TrainState(state.step + 1, params, opt_state, state.rng)
+            return _placed_state(TrainState(state.step + 1, params, opt_state, state.rng), places)
 
         with jax.named_scope("update"):
             # A branch of its own: what the update needs in memory comes after what the gradients needed.
@@ -87,8 +93,27 @@ def _accumulate(gradient, params: Params, batch: Batch, rng, count: int):
 
     first = jax.tree.map(lambda x: x[0], batch)
     shapes = jax.eval_shape(gradient, params, first, rng)
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    # In float32 at least: a microbatch may add less than bfloat16 resolves.
+    wide = lambda leaf: jnp.promote_types(leaf.dtype, jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf.dtype  # noqa: E731
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide(leaf)), shapes)
     return jax.lax.scan(add, zero, (jnp.arange(count), batch))[0]
+
+
+def _places(structure: Structure, params: Params) -> dict[str, NamedSharding] | None:
+    """Where the parameters live on the mesh in use, by name; None without one."""
+    mesh = partitioning.mesh_in_use()
+    if mesh is None:
+        return None
+    return split(partitioning.shardings(structure.merge(params), partitioning.TRAIN, mesh))[1]
+
+
+def _placed(params: Params, places: dict[str, NamedSharding] | None) -> Params:
+    return params if places is None else jax.lax.with_sharding_constraint(params, places)
+
+
+def _placed_state(state: TrainState, places: dict[str, NamedSharding] | None) -> TrainState:
+    """The new state where the old one was: only then can it take over its memory."""
+    return state if places is None else jax.lax.with_sharding_constraint(state, shardings(state, places))
 
 
 def group(name: str) -> str:

@@ -17,6 +17,7 @@ import einops
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from llama4_jax.kernels.attention import blocks
 from llama4_jax.kernels.attention.blocks import Blocking, Tokens
@@ -59,7 +60,8 @@ def _attend(blocking: Blocking, query, key, value, queries: Tokens, keys: Tokens
 
 
 def _attend_forward(blocking: Blocking, query, key, value, queries: Tokens, keys: Tokens):
-    out, log_sum = forward(blocking, query, key, value, queries, keys, query.dtype)
+    parts = forward(blocking, query, key, value, queries, keys, query.dtype)
+    out, log_sum = (checkpoint_name(part, "attended") for part in parts)  # worth keeping where all else is recomputed
     return out, (query, key, value, queries, keys, out, log_sum)
 
 
