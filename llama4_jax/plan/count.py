@@ -85,9 +85,10 @@ class Counts:
         return {key[1]: int(value) for key, value in sorted(self.totals.items()) if key[0] == "dynamic loop"}
 
 
-def count(program: Program, mesh: Mapping[str, int]) -> Counts:
+def count(program: Program, mesh: Mapping[str, int], *, fill: float = 1.0) -> Counts:
     """Counts of one run on one chip of a mesh, given by its axes' sizes in order.
 
+    fill: share of the rows of ragged products that belong to a group; the kernel skips the others.
     Raises ValueError for replica groups that do not fit the mesh.
     """
     done: dict[str, Counts] = {}
@@ -95,14 +96,14 @@ def count(program: Program, mesh: Mapping[str, int]) -> Counts:
     def of(name: str) -> Counts:
         if name not in done:
             computation = program.computations[name]
-            parts = (_instruction(program, computation, each, mesh, of) for each in computation)
+            parts = (_instruction(program, computation, each, mesh, fill, of) for each in computation)
             done[name] = sum(parts, Counts(Counter()))
         return done[name]
 
     return of(program.entry)
 
 
-def _instruction(program: Program, computation: Computation, each: Instruction, mesh, of) -> Counts:
+def _instruction(program: Program, computation: Computation, each: Instruction, mesh, fill: float, of) -> Counts:
     totals = Counter()
     if each.opcode == "while":
         trips = loops.trip_count(program, computation, each)
@@ -118,9 +119,9 @@ def _instruction(program: Program, computation: Computation, each: Instruction, 
     if each.opcode == "fusion":
         inside = of(each.called("calls")[0]).totals
         totals += Counter({key: value for key, value in inside.items() if key[0] != "hbm"})
-    elif each.opcode in ("dot", "convolution"):
+    elif products.is_product(each):
         kind = "attention" if _ATTENTION.search(each.scope) else "rest"
-        totals["flops", kind] += products.flops(computation, each)
+        totals["flops", kind] += products.flops(computation, each) * (fill if products.is_ragged(each) else 1)
     kind = each.opcode.removesuffix("-start")
     if kind in _COLLECTIVES:
         totals += _sent(program, computation, each, kind, mesh)

@@ -14,8 +14,27 @@ _RAGGED = "ragged_dot"
 
 
 def flops(computation: Computation, product: Instruction) -> float:
-    """2 for each multiply-add of an instruction `dot` or `convolution`."""
-    return (dot_flops if product.opcode == "dot" else convolution_flops)(computation, product)
+    """2 for each multiply-add of an instruction that `is_product`; of a ragged one over all rows of its buffer."""
+    kinds = {"dot": dot_flops, "convolution": convolution_flops, "custom-call": ragged_flops}
+    return kinds[product.opcode](computation, product)
+
+
+def is_product(instruction: Instruction) -> bool:
+    return instruction.opcode in ("dot", "convolution") or (
+        instruction.opcode == "custom-call" and re.match(r"ragged-dot-(?!metadata)", instruction.name) is not None
+    )
+
+
+def is_ragged(instruction: Instruction) -> bool:
+    """Whether this is a product of `jax.lax.ragged_dot`, whose last rows may belong to no group and cost nothing."""
+    return _RAGGED in instruction.scope
+
+
+def ragged_flops(computation: Computation, call: Instruction) -> float:
+    """Of the TPU compiler's own kernel: rows [m k] by matrices [e k n], or, summed over rows, [m k] by [m n]."""
+    left, _ = (operand.shape[0].sizes for operand in computation.operands(call) if len(operand.shape[0].sizes) > 1)
+    out = call.shape[0].sizes
+    return 2.0 * left[0] * math.prod(out[1:]) if len(out) == 3 else 2.0 * math.prod(out) * left[1]
 
 
 def dot_flops(computation: Computation, dot: Instruction) -> float:
@@ -41,7 +60,7 @@ def convolution_flops(computation: Computation, convolution: Instruction) -> flo
         pairs *= _valid_pairs(*sizes, **{name: values[position] for name, values in window.items()})
     rest = [convolution.shape[0].sizes[outs.index(label)] for label in "bf"]
     flops = 2.0 * pairs * math.prod(rest) * right[kernels.index("i")] / _batch_groups(convolution)
-    if _RAGGED in convolution.scope and spatial:
+    if is_ragged(convolution) and spatial:
         flops /= convolution.shape[0].sizes[outs.index(spatial[0])]
     return flops
 

@@ -1,0 +1,46 @@
+"""TPUs that programs are compiled for, and what their makers state of them, a device: tpu7x shows each chip as two.
+
+Source: cloud.google.com/tpu/docs, pages v5e, v5p, v6e and tpu7x. `link` is the bandwidth along one axis of the torus, both
+ways: the stated bidirectional bandwidth of a chip, halved for what it sends and divided by its axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import topologies
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """memory in GiB, flops (bfloat16) a second, hbm and link in bytes a second."""
+
+    memory: float
+    flops: float
+    hbm: float
+    link: float
+
+
+DEVICES = {
+    "v5e": Device(memory=16, flops=197e12, hbm=819e9, link=100e9),
+    "v5p": Device(memory=95, flops=459e12, hbm=2765e9, link=200e9),
+    "v6e": Device(memory=32, flops=918e12, hbm=1640e9, link=200e9),
+    "tpu7x": Device(memory=96, flops=1155e12, hbm=3690e9, link=100e9),
+}
+
+
+def device(topology: str) -> Device:
+    """What is stated of the devices of a topology such as "v5p:4x4x8". Raises ValueError for an unknown kind."""
+    kind = topology.split(":")[0]
+    if kind not in DEVICES or not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
+        raise ValueError(f"topology {topology!r} is unknown; use one of {', '.join(DEVICES)} and a shape, as v5p:4x4x8")
+    return DEVICES[kind]
+
+
+def devices(topology: str) -> Sequence[jax.Device]:
+    """The devices of a topology, none of which need exist here; needs the package libtpu."""
+    device(topology)
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
