@@ -22,9 +22,9 @@ pytestmark = pytest.mark.multidevice
 ONE_ROW = {"batch": 1, "heads": 2, "kv_heads": 1}  # the interpreter takes about 0.05 s for each step of a kernel's grid
 # (workload, changes to it, devices, zig-zag order, (queries, keys) of a block); pieces of 8 to 32 tokens, filled up.
 CASES = {
-    "nine panels, in groups": ("packed_global", {"batch": 1, "heads": 3, "kv_heads": 3}, 2, False, (32, 3)),
+    "more panels than semaphores": ("packed_global", {"batch": 1, "heads": 5, "kv_heads": 5}, 2, False, (32, 32)),
     "chunks, uneven length": ("chunk_divides_no_block", ONE_ROW, 4, True, (8, 16)),
-    "groups of heads, padding": ("left_padded", {"heads": 5, "kv_heads": 1}, 2, True, (16, 24)),
+    "two panels, heads in groups": ("left_padded", {"heads": 5, "kv_heads": 1}, 2, True, (16, 5)),
     "eight devices": ("packed", ONE_ROW, 8, True, (8, 8)),
 }
 

@@ -6,6 +6,11 @@ import re
 import subprocess
 import sys
 
+import jax.numpy as jnp
+import pytest
+
+from llama4_jax.kernels.attention.ring import remote
+
 # (topology, devices along the ring), the rest along heads: 5 query heads and 1 key-value head of Scout a device.
 PROGRAMS = [("v5e:2x4", 4), ("v5e:2x4", 8), ("v5p:2x2x2", 4), ("v6e:2x4", 4), ("tpu7x:2x2x1", 4)]
 PIECE, HEADS, KV_HEADS, HEAD_DIM = 4096, 5, 1, 128
@@ -14,7 +19,6 @@ PIECE, HEADS, KV_HEADS, HEAD_DIM = 4096, 5, 1, 128
 def compiled(topology_name: str, ring: int) -> dict:
     """Facts of the compiled gradient; in a process that may start libtpu."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -59,6 +63,20 @@ def test_the_kernels_compile_for_every_generation_and_memory_does_not_grow_with_
         assert fact["collectives"] == []  # what travels, travels inside the kernels
     of_four, of_eight = (fact["temporaries"] for fact in facts[:2])
     assert abs(of_eight - of_four) <= 0.02 * of_four
+
+
+@pytest.mark.parametrize(
+    "dtype, axis, message",
+    [
+        ("float16", "context", "float16; cast to bfloat16"),
+        ("float32", ("data", "context"), "spread the length over one"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_refused_by_name(dtype, axis, message):
+    array, tokens = jnp.zeros((1, 8, 1, 8), dtype), jnp.zeros((1, 8), jnp.int32)
+    names = ("query_positions", "key_positions", "query_segments", "key_segments")
+    with pytest.raises(NotImplementedError, match=message):
+        remote.attend(array, array, array, **dict.fromkeys(names, tokens), chunk_size=None, axis_name=axis)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ What has been shown, and what not: in the interpreter it equals the reference on
 backward, its race detector finds nothing, and does when the kernel's credits are taken away; and it compiles for v5e, v5p,
 v6e and tpu7x. It has never run on a chip, so nothing is known of its speed; `portable` is the default for that reason.
 
-Limits: one head of a panel's keys must fit VMEM beside a block of queries, which head_dim up to 256 does. On v5p, whose
-devices have two cores, the kernel uses one. All rings of one program must go along the same axis of the mesh.
+Limits: the backward kernel takes 9 MiB of VMEM at head_dim 128 in bfloat16 whatever the length, and compiles up to head_dim
+256 in float32. On v5p, whose devices have two cores, the kernels use one. Rings of one program must go along one axis of
+the mesh, since a kernel's barrier tells calls apart by its number alone. In HBM a device holds, besides inputs and
+outputs, two slots for a piece's keys and values and, backward, two for their gradients in float32.
 
 Source: Liu et al. 2023, "Ring Attention with Blockwise Transformers for Near-Infinite Context", arXiv:2310.01889.
 """
