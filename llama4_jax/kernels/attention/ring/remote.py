@@ -1,11 +1,12 @@
 """Ring attention in which the kernel itself sends: remote DMA from neighbour to neighbour while it computes. For TPUs.
 
 What it computes is `portable`'s, to rounding, and so are its rules. Difference: the whole ring is one kernel, forward and
-one backward, so that a transfer is hidden behind the products of the same hop by construction, not by XLA's choice.
+one backward, in which a transfer is under way during the products of the same hop by construction, not by XLA's choice.
 
 What has been shown, and what not: in the interpreter it equals the reference on 2, 4 and 8 simulated devices, forward and
 backward, its race detector finds nothing, and does when the kernel's credits are taken away; and it compiles for v5e, v5p,
-v6e and tpu7x. It has never run on a chip, so nothing is known of its speed; `portable` is the default for that reason.
+v6e and tpu7x. It has never run on a chip: nothing is known of its speed, nor of how much of a transfer the products hide.
+`portable` is the default for that reason.
 
 Limits: the backward kernel takes 9 MiB of VMEM at head_dim 128 in bfloat16 whatever the length, and compiles up to head_dim
 256 in float32. On v5p, whose devices have two cores, the kernels use one. Rings of one program must go along one axis of
