@@ -10,8 +10,6 @@ import re
 
 from llama4_jax.plan.hlo import Computation, Instruction
 
-_RAGGED = "ragged_dot"
-
 
 def flops(computation: Computation, product: Instruction) -> float:
     """2 for each multiply-add of an instruction that `is_product`; of a ragged one over all rows of its buffer."""
@@ -27,7 +25,7 @@ def is_product(instruction: Instruction) -> bool:
 
 def is_ragged(instruction: Instruction) -> bool:
     """Whether this is a product of `jax.lax.ragged_dot`, whose last rows may belong to no group and cost nothing."""
-    return _RAGGED in instruction.scope
+    return re.search(r"ragged[-_]dot", instruction.scope) is not None
 
 
 def ragged_flops(computation: Computation, call: Instruction) -> float:

@@ -57,8 +57,8 @@ def memory(compiled: jax.stages.Compiled, arguments: dict[str, Any]) -> dict[str
     """GiB a device: of each kind of argument, of what the program makes besides, and at most at once."""
     found = compiled.memory_analysis()
     kinds = {name: sum(map(_shard_bytes, jax.tree.leaves(tree))) / GIB for name, tree in arguments.items()}
-    peak = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    peak += found.temp_size_in_bytes
+    # Not arguments and temporaries added up: those are more than are ever held at once.
+    peak = found.peak_memory_in_bytes
     return kinds | {"temporaries": found.temp_size_in_bytes / GIB, "peak": peak / GIB}
 
 
