@@ -154,7 +154,7 @@ def mixture(
     Where rows and time do not divide the mesh, as in decoding, tokens are filled up and spread as one axis.
     Raises ValueError where experts or widths do not divide by the devices that share them.
     """
-    batch, time = (partitioning.TRAIN.table[axis] for axis in partitioning.BATCH_AXES)
+    batch, time = partitioning.batch_axes()
     ways = [math.prod(mesh.shape[axis] for axis in axes) for axes in (batch, time)]
     arguments = (x, routing.scores, routing.experts, present)
     if any(size % n for size, n in zip(present.shape, ways)):

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.sharding import AbstractMesh, PartitionSpec
 
-from llama4_jax.core import parameter
+from llama4_jax.core import parameter, partitioning
 from llama4_jax.kernels import transposed
 from llama4_jax.nn import spread
 
@@ -78,4 +80,34 @@ class Embedding(nnx.Module):
         self.table = parameter.kernel(rngs, (vocab_size, embed_dim), ("vocab", "embed"), fan_in=embed_dim, dtype=dtype)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.table[...][tokens]  # [b t d]
+        """The rows of tokens [b t]: [b t d]."""
+        mesh = partitioning.mesh_in_use()
+        if mesh is None or tokens.shape[1] == 1:  # a token a row, as in decoding, is not worth an exchange
+            return self.table[...][tokens]
+        try:
+            places = partitioning.spec(partitioning.BATCH_AXES, tokens.shape, partitioning.placement_in_use(), mesh)
+        except ValueError:  # prompts of any size
+            return self.table[...][tokens]
+        return _look_up(self.table[...], tokens, places, mesh)
+
+
+def _look_up(table: jax.Array, tokens: jax.Array, places: PartitionSpec, mesh: AbstractMesh) -> jax.Array:
+    """`table[tokens]`, for a table split over columns by the devices that split the tokens, of which it never moves a row.
+
+    Token ids travel instead: each device looks up its own columns for all, and an all-to-all turns columns of all tokens
+    into all columns of its own.
+    """
+    split = partitioning.spec(("vocab", "embed"), table.shape, partitioning.TRAIN, mesh)
+    (rows,), columns = partitioning.TRAIN.table["vocab"], partitioning.TRAIN.table["embed"]
+
+    def local(table, tokens):
+        ids = lax.all_gather(tokens.reshape(-1), columns, tiled=True) - lax.axis_index(rows) * table.shape[0]
+        here = (ids >= 0) & (ids < table.shape[0])
+        found = jnp.where(here[:, None], table[jnp.where(here, ids, 0)], 0)  # [all tokens, own columns]
+        found = lax.all_to_all(found, columns, split_axis=0, concat_axis=1, tiled=True)
+        return found.reshape(1, *tokens.shape, -1)
+
+    # What the parts of the vocabulary find is added up outside, where the sum's gradient is a copy and not a sum.
+    found = PartitionSpec(rows, *places, None)
+    call = jax.shard_map(local, mesh=mesh, in_specs=(split, places), out_specs=found, check_vma=False)
+    return jnp.sum(call(table, tokens), axis=0)

@@ -44,7 +44,7 @@ def mesh_of(kernel: nnx.Param) -> AbstractMesh | None:
 
 def product(mesh: AbstractMesh, x: jax.Array, kernel: nnx.Param, num_inputs: int) -> jax.Array:
     """`x` [b t inputs] by `kernel` [inputs outputs], [b t outputs] in x's dtype."""
-    batch, time = (tuple(TRAIN.table[axis]) for axis in partitioning.BATCH_AXES)
+    batch, time = partitioning.batch_axes()
     stored = partitioning.spec(kernel.axes, kernel.shape, TRAIN, mesh)
     widths = [_widths(name) for name in kernel.axes]
     inputs, outputs = widths[:num_inputs], widths[num_inputs:]
