@@ -39,7 +39,7 @@ def train(
     shapes = jax.eval_shape(functools.partial(state.create, optimizer=optimizer), params)
     shapes = placed(shapes, state.shardings(shapes, {name: leaf.sharding for name, leaf in params.items()}))
     objective = functools.partial(losses.next_token, config=train)
-    with jax.set_mesh(mesh):
+    with partitioning.use(mesh, placement):
         advance = step.make(structure, objective, optimizer, train, config.text)
         lowered = advance.lower(shapes, batch_shapes(train.accumulation, batch, length, placement, mesh))
     return Step(lowered, {"parameters": shapes.params, "optimizer": shapes.opt_state})
@@ -68,7 +68,7 @@ def _forward(config: Llama4Config, mesh: Mesh, placement: Placement, *, batch: i
         out = model.hidden(tokens, cache=cache)
         return model.unembed(out.hidden[:, -1]), out.cache
 
-    with jax.set_mesh(mesh):
+    with partitioning.use(mesh, placement):
         caches = jax.tree.map(lambda leaf: leaf.sharding, cache)
         lowered = jax.jit(run, donate_argnums=2, out_shardings=(None, caches)).lower(params, tokens, cache)
     return Step(lowered, {"parameters": params, "cache": cache})
