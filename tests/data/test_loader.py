@@ -237,3 +237,15 @@ def test_a_configuration_that_cannot_work_says_why(config):
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(config, **change)
+
+
+def test_pictures_drawn_in_parts_are_those_of_the_whole_and_the_rest_is_the_same(config, tok):
+    parts = [loader.make(config, tok, drawn=drawn) for drawn in (range(2), range(2, 5))]
+    whole = loader.make(config, tok)
+    for _ in range(3):
+        batch, made = next(whole), [next(part) for part in parts]
+        assert np.array_equal(sum(part["images"] for part in made), batch["images"])
+        assert not made[0]["images"][2:].any() and made[0]["images"][0].any()
+        for part in made:
+            _assert_same({**part, "images": 0}, {**batch, "images": 0})
+    assert parts[0].get_state() == whole.get_state()
