@@ -12,9 +12,7 @@ def plan(script, path, *arguments):
 
 
 def test_a_training_step_is_compiled_and_counted(script, tmp_path):
-    found, printed = plan(
-        script, tmp_path / "train.json", "--length=64", "--set", "vision=none", "--set", "patch_token=none"
-    )
+    found, printed = plan(script, tmp_path / "train.json", "--length=64", "--set", "text.num_layers=4")
     assert found["fits"] is True and found["verdict"] == "fits" and found["devices"] == 4
     memory, work = found["memory_gib"], found["work_of_a_device"]
     # Adam's two means in float32 and its counters, for what is split and what is not.
