@@ -6,6 +6,7 @@ Without JAX_COORDINATOR_ADDRESS and its companions it is the same run in one pro
 import argparse
 import functools
 import os
+import pathlib
 import signal
 import time
 
@@ -68,6 +69,8 @@ def main(arguments) -> None:
     def tell(params, step):
         print(f"step {step}", flush=True)
         if (jax.process_index(), step) == (arguments.victim, arguments.strike):
+            while arguments.after and not (pathlib.Path(arguments.folder) / "checkpoints" / arguments.after).exists():
+                time.sleep(0.02)
             os.kill(os.getpid(), getattr(signal, arguments.signal))
         if arguments.fail == step and jax.process_index() == 1:
             raise RuntimeError("this process alone has had enough")
@@ -88,6 +91,7 @@ if __name__ == "__main__":
     parser.add_argument("--pace", type=float, default=0.0, help="seconds between steps")
     parser.add_argument("--victim", type=int, help="the process that sends itself --signal after step --strike")
     parser.add_argument("--strike", type=int)
+    parser.add_argument("--after", help="a step whose checkpoint must be written before the strike")
     parser.add_argument("--signal", default="SIGKILL")
     parser.add_argument("--fail", type=int, help="process 1 raises an error after this step")
     with processes.joined(os.environ):

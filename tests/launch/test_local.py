@@ -36,9 +36,9 @@ def train(root, folder, processes: int, mesh: str, *arguments: str, options=(), 
 
 def alone(folder, *arguments: str) -> None:
     """The same run in one process on one device."""
-    subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder), *arguments], check=True, capture_output=True, timeout=300
-    )
+    command = [sys.executable, str(PROGRAM), str(folder), *arguments]
+    ran = subprocess.run(command, env=os.environ | PATH, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
 
 
 def losses(folder) -> list[float]:
@@ -62,7 +62,7 @@ def whole(root, tmp_path_factory) -> pathlib.Path:
 def killed(root, tmp_path_factory) -> pathlib.Path:
     """The same, of which process 2 was killed after step 8."""
     folder = tmp_path_factory.mktemp("killed")
-    arguments = ("--victim", "2", "--strike", "8", "--signal", "SIGKILL")
+    arguments = ("--victim", "2", "--strike", "8", "--after", "6", "--signal", "SIGKILL")
     ran = train(root, folder, 4, "fsdp=2,expert=2", *RUN, *arguments)
     assert ran.returncode == 128 + signal.SIGKILL
     assert re.search(
