@@ -36,7 +36,9 @@ def test_each_mode_has_its_own_kinds_of_memory(script, tmp_path):
     for mode in ("lora", "qat", "full"):
         printed, found = run(script, tmp_path, "--model=scout", f"--mode={mode}", "--context=8192", "--bits=4")
         totals[mode] = found["gib"]["total"]
-        assert "cache" not in printed.split("float32:" if mode == "full" else "int4:")[0] and re.search(r"^gradients", printed, re.MULTILINE)
+        assert "cache" not in printed.split("float32:" if mode == "full" else "int4:")[0] and re.search(
+            r"^gradients", printed, re.MULTILINE
+        )
         assert found["chips"]["v5p"] > 0 and "cache_were_all_layers_global" not in found["gib"]
     assert totals["lora"] < 100 < 1400 < totals["full"] < totals["qat"]
 
