@@ -111,8 +111,7 @@ for name, array in names.split(model)[1].items():
 assert split > 30, split
 for path in ("decoder.tail.2.feed_forward.experts.gate_up", "embed.table", "decoder.tail.4.attention.query.kernel"):
     wanted = leaves.specs[path][0]
-    ways = 8 if "experts" in path else 4
-    assert largest[path] == np.prod(wanted) // ways, (path, largest[path], wanted)
+    assert largest[path] == np.prod(wanted) // 8, (path, largest[path], wanted)
 path = "decoder.tail.2.feed_forward.experts.gate_up"
 sharding = jax.NamedSharding(mesh, jax.P("expert", "fsdp", None, "tensor"))
 with ocp.StandardCheckpointer() as reader:
