@@ -19,7 +19,12 @@ from llama4_jax.nn.router import Routing
 pytestmark = pytest.mark.multidevice
 
 EXPERTS, DIM, BATCH, TIME = 8, 16, 8, 12
-MESHES = [{"expert": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "context": 2}, {"expert": 8}, {"data": 4, "fsdp": 2}]
+MESHES = [
+    {"expert": 4, "tensor": 2},
+    {"data": 2, "fsdp": 2, "expert": 2},
+    {"expert": 8},
+    {"fsdp": 2, "expert": 2, "context": 2},
+]
 # What the router of a token chooses, [k] of (row, time); a load of all kinds.
 CHOICES = {
     "uneven": lambda row, time: [(row * time) % 3 + (time > 9)],
