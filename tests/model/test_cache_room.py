@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from llama4_jax.config import Attention, layer_kinds
+from llama4_jax.config.train import REMAT
 from llama4_jax.model import accounting
 from llama4_jax.testing import tiny
+from llama4_jax.train import losses
 
 CONFIG = tiny.text_config()  # chunks of 4; two periods of two layers, and one left over
 TIME = 11
@@ -137,3 +139,26 @@ def test_a_policy_is_asked_what_remat_keeps(model, tokens):
 
     jax.eval_shape(jax.grad(lambda model: loss(model, tokens, policy)), model)
     assert "dot_general" in asked
+
+
+def products(policy, model, tokens) -> int:
+    return str(jax.make_jaxpr(jax.grad(loss), static_argnums=2)(model, tokens, policy)).count("dot_general")
+
+
+def test_each_policy_of_training_computes_fewer_products_again_than_the_one_before(model, tokens):
+    """Attention is the plain one at this size, whose output has no name: keeping `attended` saves nothing here."""
+    counts = {name: products(losses.rematerialisation(name), model, tokens[:1, :6]) for name in REMAT}
+    assert counts["none"] < counts["projections"] < counts["attention"] <= counts["block"]
+    assert counts["none"] < counts["shared"] < counts["block"]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", [name for name in REMAT if name != "none"])
+def test_no_policy_changes_a_gradient(model, tokens, name):
+    short = tokens[:1, :6]
+    wanted, found = (
+        jax.jit(jax.grad(loss), static_argnums=2)(model, short, losses.rematerialisation(each))
+        for each in ("none", name)
+    )
+    for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=0, atol=1e-4 * float(jnp.abs(other).max()) + 1e-7)
