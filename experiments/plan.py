@@ -31,6 +31,7 @@ from llama4_jax.config.train import REMAT, TrainConfig
 from llama4_jax.core import partitioning
 from llama4_jax.model import accounting
 from llama4_jax.plan import programs, report, topology
+from llama4_jax.train import shards
 
 MODEL = flags.DEFINE_enum("model", "scout", sorted(presets.PRESETS), "which preset")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "prefill", "decode"], "which step")
@@ -41,10 +42,6 @@ LENGTH = flags.DEFINE_integer("length", 8192, "tokens of a row; in decoding, slo
 REMATERIALISE = flags.DEFINE_enum("remat", "block", sorted(REMAT), "what the backward pass finds")
 SET = flags.DEFINE_multi_string("set", [], "model override, as text.num_layers=8")
 TRAIN = flags.DEFINE_multi_string("train", [], "training override, as accumulation=2")
-
-
-def mesh_sizes(text: str) -> dict[str, int]:
-    return {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
 
 
 def lower(config, mesh) -> programs.Step:
@@ -80,7 +77,7 @@ def main(_) -> None:
     output.quiet_libraries()
     config = configs.apply(presets.PRESETS[MODEL.value](), SET.value)
     device, devices = topology.device(TOPOLOGY.value), topology.devices(TOPOLOGY.value)
-    mesh = partitioning.make_mesh(mesh_sizes(MESH.value), devices)
+    mesh = partitioning.make_mesh(shards.parse(MESH.value), devices)
     step = lower(config, mesh)
     compiled = report.compile_step(step.lowered)
     parameters = accounting.parameters(config)
