@@ -49,3 +49,29 @@ class DataConfig:
                 f"names_per_image={self.names_per_image} exceeds the {len(self.languages)} languages; "
                 f"use at most {len(self.languages)}"
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedConfig:
+    """A stream of batches of prepared text, from one folder or from several in fixed shares."""
+
+    folders: tuple[str, ...]  # of `experiments.prepare_text`
+    weights: tuple[float, ...] = ()  # of each folder's tokens in the stream; only proportions count; none: all alike
+    rows: int = 256  # sequences in a batch, over all processes
+    sequence_length: int = 8192  # positions in a row
+    seed: int = 0  # of the order of rows
+    prefetch: int = 2  # batches prepared ahead by a thread; 0: prepared when asked for
+
+    def __post_init__(self):
+        if not self.folders:
+            raise ValueError(
+                "PreparedConfig.folders names no folder; prepare one with `python -m experiments.prepare_text`"
+            )
+        if self.weights and (len(self.weights) != len(self.folders) or not min(self.weights) > 0):
+            raise ValueError(
+                f"PreparedConfig.weights={self.weights}: wanted a positive number for each of {len(self.folders)} folders; "
+                "leave out folders that are not wanted"
+            )
+        for name, least in (("rows", 1), ("sequence_length", 1), ("seed", 0), ("prefetch", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"PreparedConfig.{name}={getattr(self, name)} must be at least {least}")

@@ -28,12 +28,17 @@ def manifest(folder: str | pathlib.Path) -> dict:
 def verify(folder: str | pathlib.Path) -> None:
     """Raises ValueError when a shard is not the one that the manifest describes."""
     for shard in manifest(folder)["shards"]:
-        path = pathlib.Path(folder) / shard["file"]
-        found = describe(path, shard["file"]) if path.exists() else {"sha256": None}
-        if found["sha256"] != shard["sha256"]:
-            raise ValueError(
-                f"{path}: wanted sha256 {shard['sha256']}, got {found['sha256']}; copy the shard again, or prepare anew"
-            )
+        check(folder, shard)
+
+
+def check(folder: str | pathlib.Path, shard: dict) -> None:
+    """The same of one shard, given as in the manifest."""
+    path = pathlib.Path(folder) / shard["file"]
+    found = describe(path, shard["file"]) if path.exists() else {"sha256": None}
+    if found["sha256"] != shard["sha256"]:
+        raise ValueError(
+            f"{path}: wanted sha256 {shard['sha256']}, got {found['sha256']}; copy the shard again, or prepare anew"
+        )
 
 
 def sources(folder: str | pathlib.Path) -> tuple[Source, ...]:
