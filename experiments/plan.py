@@ -4,25 +4,31 @@ Claim:     a layout fits a pod, or by how much it does not, before anyone rents 
            of the real program, times are estimates and not measured.
 Command:   python -m experiments.plan --model=scout --mode=train --topology=v5p:4x4x8 --mesh=fsdp=8,expert=16 \
                --batch=256 --length=8192 --remat=block --json=plan.json
+           python -m experiments.plan --model=scout --topology=v5p:4x4x4 --mesh=fsdp=4,expert=16 --placement=long \
+               --batch=4 --length=524288
            python -m experiments.plan --model=scout --mode=decode --topology=v5e:4x4 --mesh=tensor=8,expert=2 --batch=16
+           python -m experiments.plan --model=maverick --topology=v5p:4x8x8 --batch=256 --search --search_limit=6
 Hardware:  a CPU with the package libtpu (the extra [plan]); no TPU.
-Wall time: seconds for small models, minutes for Scout and Maverick, whatever their depth.
-Expected:  docs/sharding.md.
+Wall time: seconds for small models, minutes for Scout and Maverick, whatever their depth; with --search for each layout.
+Expected:  docs/sharding.md and docs/scaling.md.
 
-`--set` changes the model, `--train` the training, as in pretrain_nano.
+`--set` changes the model, `--train` the training, as in pretrain_nano. `--search` compiles what is asked and the most
+promising other meshes, placements, policies of remat and microbatches, and ranks them. Attention is counted by formula:
+over the keys that the mask leaves in one document a row, since its loops depend on data.
+Answers of the compiler are kept in --answers, so that no program is compiled twice; --fresh compiles it again.
 """
 
 from __future__ import annotations
 
 import os
+import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler is a library; no TPU is looked for
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
-import resource
-
 from absl import app, flags
+from tqdm import tqdm
 
 from experiments import output
 from llama4_jax import config as configs
@@ -30,74 +36,116 @@ from llama4_jax.config import presets
 from llama4_jax.config.train import REMAT, TrainConfig
 from llama4_jax.core import partitioning
 from llama4_jax.model import accounting
-from llama4_jax.plan import programs, report, topology
+from llama4_jax.plan import search, topology
+from llama4_jax.plan.compiler import Answers
+from llama4_jax.plan.job import MODES, PLACEMENTS, Choice, Job
 from llama4_jax.train import shards
 
 MODEL = flags.DEFINE_enum("model", "scout", sorted(presets.PRESETS), "which preset")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "prefill", "decode"], "which step")
+MODE = flags.DEFINE_enum("mode", "train", MODES, "which step")
 TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x8", "kind of TPU and shape of the slice")
 MESH = flags.DEFINE_string("mesh", "fsdp=-1", "sizes of mesh axes; -1 takes what is left")
-BATCH = flags.DEFINE_integer("batch", 256, "rows, over all devices")
-LENGTH = flags.DEFINE_integer("length", 8192, "tokens of a row; in decoding, slots of the cache")
+BATCH = flags.DEFINE_integer("batch", 256, "rows, over all devices", lower_bound=1)
+LENGTH = flags.DEFINE_integer("length", 8192, "tokens of a row; in decoding, slots of the cache", lower_bound=1)
 REMATERIALISE = flags.DEFINE_enum("remat", "block", sorted(REMAT), "what the backward pass finds")
+PLACEMENT = flags.DEFINE_enum("placement", None, sorted(PLACEMENTS), "how arrays lie; by default train, or serve")
 SET = flags.DEFINE_multi_string("set", [], "model override, as text.num_layers=8")
 TRAIN = flags.DEFINE_multi_string("train", [], "training override, as accumulation=2")
+SEARCH = flags.DEFINE_boolean("search", False, "compile other layouts too, and rank them")
+SEARCH_LIMIT = flags.DEFINE_integer("search_limit", 4, "how many others", lower_bound=1)
+ANSWERS = flags.DEFINE_string("answers", ".cache/plans", "folder of the compiler's answers")
+FRESH = flags.DEFINE_boolean("fresh", False, "compile even what was compiled before")
 
 
-def lower(config, mesh) -> programs.Step:
-    """The step that the flags ask for."""
-    if MODE.value != "train":
-        make = programs.prefill if MODE.value == "prefill" else programs.decode
-        return make(config, mesh, batch=BATCH.value, length=LENGTH.value)
-    train = TrainConfig(steps=1000, compute_dtype="bfloat16", remat=REMATERIALISE.value, logits_limit=2**28)
-    train = configs.apply(train, TRAIN.value)
-    return programs.train(config, train, mesh, batch=BATCH.value, length=LENGTH.value)
+def asked() -> tuple[Job, Choice]:
+    """What the flags ask for."""
+    topology.device(TOPOLOGY.value)
+    training = TrainConfig(steps=1000, compute_dtype="bfloat16", remat=REMATERIALISE.value, logits_limit=2**28)
+    training = configs.apply(training, TRAIN.value)
+    job = Job(
+        config=configs.apply(presets.PRESETS[MODEL.value](), SET.value),
+        mode=MODE.value,
+        topology=TOPOLOGY.value,
+        batch=BATCH.value,
+        length=LENGTH.value,
+        training=training,
+    )
+    placement = PLACEMENTS[PLACEMENT.value or ("train" if MODE.value == "train" else "serve")]
+    mesh = partitioning.make_mesh(shards.parse(MESH.value), job.devices)
+    return job, Choice.of(mesh, placement=placement, remat=training.remat, accumulation=training.accumulation)
 
 
-def flops(config, devices: int) -> tuple[float, float, float]:
-    """Tokens of a step; a device's FLOPs of attention; and those that the model, without recomputing, takes."""
-    tokens = BATCH.value * (1 if MODE.value == "decode" else LENGTH.value)
-    forward = accounting.forward_flops(config, LENGTH.value)
-    recomputed = REMATERIALISE.value in ("block", "shared")
-    passes = (4 if recomputed else 3) if MODE.value == "train" else 1
-    attention = report.attention_flops(config, LENGTH.value, tokens / devices, passes)
-    return tokens, attention, tokens * forward * (3 if MODE.value == "train" else 1) / devices
+def advice(job: Job, choice: Choice, found: list[search.Tried]) -> str:
+    """For what does not fit: by how much, and the nearest change that does, compiled or said not to be."""
+    first = found[0].outcome
+    if first["fits"]:
+        return "fits"
+    over = f"does not fit by {first['over_gib']:.2f} GiB a device; nearest change that does: "
+    if SEARCH.value:
+        fitting = search.nearest_fit(found)
+        return over + (changes(choice, fitting.choice) + " (compiled)" if fitting else f"none of {len(found)} compiled")
+    likely = search.likely(job, found[0])
+    return over + (changes(choice, likely) if likely else "more devices") + " (by closed form; --search compiles it)"
 
 
-def advice(over: float) -> str:
-    """What to change for a program that is `over` GiB too large; the nearest first."""
-    if MODE.value == "train" and REMATERIALISE.value != "block":
-        return f"does not fit by {over:.2f} GiB a device; nearest: --remat=block"
-    if MODE.value == "train":
-        return f"does not fit by {over:.2f} GiB a device; nearest: --train accumulation=2, then more devices"
-    return f"does not fit by {over:.2f} GiB a device; nearest: a larger tensor axis, then a smaller batch"
+def changes(choice: Choice, other: Choice) -> str:
+    return " ".join(new for old, new in zip(choice.flags(), other.flags()) if old != new)
+
+
+def show(found: list[search.Tried]) -> None:
+    """The table of a search, best first; numbers are of a device, times estimates."""
+    mesh = max(len(tried.choice.flags()[0]) for tried in found) - len("--mesh=")
+    head = f"{'mesh':<{mesh}}  {'placement':<9}  {'remat':<11}  {'parts':>5}"
+    print(f"\n{head}  {'GiB':>6}  {'expected':>8}  {'wire GiB':>8}  {'PFLOP':>7}  {'s, estimate':>11}  {'MFU':>5}")
+    for tried in search.ranked(found):
+        names = [flag.split("=", 1)[1] for flag in tried.choice.flags()]
+        row = f"{names[0]:<{mesh}}  {names[1]:<9}  {names[2]:<11}  {names[3]:>5}"
+        print(f"{row}  {numbers(tried)}{'  <- asked' if tried is found[0] else ''}")
+    print()
+
+
+def numbers(tried: search.Tried) -> str:
+    expected, outcome = f"{tried.expected.memory:8.1f}", tried.outcome
+    if "memory_gib" not in outcome:
+        reason = outcome.get("refused") or f"{outcome['over_gib']:.2f} GiB too much"
+        return f"{'':6}  {expected}  {reason}"
+    work, times = outcome["work_of_a_device"], outcome["estimate_not_measured"]
+    products = work["matrix_pflop"] + outcome["attention_pflop_by_formula"]
+    line = f"{outcome['memory_gib']['peak']:6.1f}  {expected}  {work['wire_gib']:8.1f}  {products:7.3f}"
+    line += f"  {times['seconds_step']:11.4f}  {times['mfu']:5.1%}"
+    return line if tried.fits else f"{line}  {outcome['over_gib']:.2f} GiB too much"
+
+
+def short(tried: search.Tried) -> dict:
+    """A row of the table for --json."""
+    row = {"flags": " ".join(tried.choice.flags()), "fits": tried.fits}
+    if "memory_gib" not in tried.outcome:
+        return row | {name: tried.outcome[name] for name in ("refused", "over_gib") if name in tried.outcome}
+    work, times = tried.outcome["work_of_a_device"], tried.outcome["estimate_not_measured"]
+    row |= {"peak_gib": tried.outcome["memory_gib"]["peak"], "wire_gib": work["wire_gib"]}
+    return row | {"seconds_step_estimate": times["seconds_step"]}
 
 
 def main(_) -> None:
     output.quiet_libraries()
-    config = configs.apply(presets.PRESETS[MODEL.value](), SET.value)
-    device, devices = topology.device(TOPOLOGY.value), topology.devices(TOPOLOGY.value)
-    mesh = partitioning.make_mesh(shards.parse(MESH.value), devices)
-    step = lower(config, mesh)
-    compiled = report.compile_step(step.lowered)
-    parameters = accounting.parameters(config)
+    job, choice = asked()
+    answers = Answers(
+        folder=pathlib.Path(ANSWERS.value), fresh=FRESH.value, flags=os.environ.get("LIBTPU_INIT_ARGS", "")
+    )
+    trials = search.search(job, choice, SEARCH_LIMIT.value if SEARCH.value else 0, answers)
+    if SEARCH.value:
+        trials = tqdm(trials, desc="compiling", total=SEARCH_LIMIT.value + 1, unit="layout")
+    found = list(trials)
+    parameters = accounting.parameters(job.config)
     results = {name: flag.value for name, flag in (("model", MODEL), ("mode", MODE), ("topology", TOPOLOGY))}
-    results |= {"mesh": MESH.value, "batch": BATCH.value, "length": LENGTH.value, "remat": REMATERIALISE.value}
-    results |= {"parameters": parameters.total, "active_parameters": parameters.active, "devices": len(devices)}
-    results |= {"compile_seconds": compiled.seconds}
-    if compiled.program is None:
-        results |= {"fits": False, "verdict": advice(compiled.over)}
-    else:
-        memory, counts = report.memory(compiled.program, step.arguments), report.counts(compiled.program, mesh)
-        over = memory["peak"] - device.memory
-        tokens, attention, model = flops(config, len(devices))
-        estimates = report.estimates(device, counts, attention, model, tokens)
-        loops_once = compiled.program.cost_analysis().get("optimal_seconds", float("nan"))
-        results |= {"memory_gib": memory, "work_of_a_device": report.work(counts)}
-        results |= {"attention_pflop_by_formula": attention / 1e15}
-        results |= {"estimate_not_measured": estimates | {"compiler_seconds_loop_bodies_once": loops_once}}
-        results |= {"fits": over <= 0, "verdict": "fits" if over <= 0 else advice(over)}
-    results |= {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    mesh = choice.flags()[0].removeprefix("--mesh=")
+    results |= {"batch": job.batch, "length": job.length, "mesh": mesh, "placement": choice.placement.name}
+    results |= {"remat": choice.remat, "accumulation": choice.accumulation} if job.mode == "train" else {}
+    results |= {"parameters": parameters.total, "active_parameters": parameters.active, "devices": job.size}
+    results |= found[0].outcome | {"verdict": advice(job, choice, found)}
+    if SEARCH.value:
+        show(found)
+        results |= {"search": {str(rank): short(tried) for rank, tried in enumerate(search.ranked(found), 1)}}
     output.finish(results)
 
 

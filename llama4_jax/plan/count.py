@@ -68,11 +68,18 @@ class Counts:
         return sum(self.wire.values())
 
     @property
+    def wire_by_kind(self) -> dict[str, float]:
+        return self._wire_by(0)
+
+    @property
     def wire_by_axes(self) -> dict[str, float]:
-        axes = Counter()
-        for (_, name), value in self.wire.items():
-            axes[name] += value
-        return dict(axes)
+        return self._wire_by(1)
+
+    def _wire_by(self, part: int) -> dict[str, float]:
+        sums = Counter()
+        for key, value in self.wire.items():
+            sums[key[part]] += value
+        return dict(sums)
 
     @property
     def ragged_buffer(self) -> float:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from llama4_jax.config import Attention, FeedForward, LayerKind, Llama4Config, TextConfig, layer_kinds
 from llama4_jax.config.lora import LoraConfig
-from llama4_jax.config.train import TrainConfig
+from llama4_jax.config.train import REMAT, TrainConfig
 from llama4_jax.model import accounting
 
 GIB = 2**30
@@ -170,6 +170,12 @@ def longest(need: Callable[[int], Need], memory: float, limit: int, usable: floa
     return fits
 
 
+def kept_bytes(text: TextConfig, number: int) -> float:
+    """Mean bytes a token that the gradient of a layer keeps, in numbers of `number` bytes."""
+    kinds = layer_kinds(text)
+    return number * sum(_saved(text, kind) for kind in kinds) / len(kinds)
+
+
 def _in_scope(config: Llama4Config, scope: Scope) -> int:
     count = accounting.parameters(config)
     if scope is Scope.EXPERTS:
@@ -201,14 +207,32 @@ def _forward(text: TextConfig, batch: int, new: int, context: int) -> float:
 
 def _training(text: TextConfig, settings: TrainConfig, tokens: int, number: int) -> float:
     """Bytes of activations at the widest point of a step over `tokens` tokens, in numbers of `number` bytes."""
-    kinds = layer_kinds(text)
-    kept = [number * tokens * _saved(text, kind) + 4 * tokens * text.attention.num_heads for kind in kinds]
+    kinds, names = layer_kinds(text), REMAT[settings.remat]
+    saved = [number * tokens * _saved(text, kind) + 4 * tokens * text.attention.num_heads for kind in kinds]
     backward = tokens * max(_backward(text, kind, number) for kind in kinds)
     entries = number * tokens * text.embed_dim * text.num_layers  # what each layer starts from
     logits = min(tokens * text.vocab_size, settings.logits_limit) * (4 + number)
-    if settings.remat == "block":
-        return entries + max(max(kept) + backward, logits)
-    return entries + sum(kept) + max(backward, logits)
+    if names is None:
+        return entries + sum(saved) + max(backward, logits)
+    kept = number * tokens * sum(_named(text, kind, names) for kind in kinds)
+    return entries + kept + max(max(saved) + backward, logits)
+
+
+def _named(text: TextConfig, kind: LayerKind, names: tuple[str, ...]) -> int:
+    """Numbers a token that a policy keeps of a layer by name; raises ValueError for a name whose width is not known."""
+    queries = text.attention.num_heads * text.attention.head_dim
+    widths = {
+        "query_key_value": queries + 2 * _kv_width(text),
+        "attended": queries,
+        "after_attention": text.embed_dim,
+        "shared": 2 * _hidden(text, kind)[0],
+    }
+    unknown = set(names) - set(widths)
+    if unknown:
+        raise ValueError(
+            f"a policy keeps {sorted(unknown)}, of unknown width; give it in plan/memory.py beside {list(widths)}"
+        )
+    return sum(widths[name] for name in names)
 
 
 def _saved(text: TextConfig, kind: LayerKind) -> int:

@@ -18,6 +18,7 @@ from llama4_jax.config.train import TrainConfig
 from llama4_jax.core import names, partitioning
 from llama4_jax.core.partitioning import Placement
 from llama4_jax.model import Cache, Llama4
+from llama4_jax.model.cache import init_cache
 from llama4_jax.train import losses, optim, state, step
 
 CACHE_AXES = ("batch", "kv_heads", "time", "head_dim")  # of a layer's keys and values
@@ -56,7 +57,8 @@ def decode(config: Llama4Config, mesh: Mesh, *, batch: int, length: int, placeme
 
 
 def _forward(config: Llama4Config, mesh: Mesh, placement: Placement, *, batch: int, length: int, new: int):
-    structure, params = abstract_params(config, jnp.bfloat16, placement, mesh)
+    # Layers stand alone, as in `infer.prepare`: a loop over layers would read the whole cache and write another.
+    structure, params = abstract_params(config, jnp.bfloat16, placement, mesh, scan=False)
     cache = jax.eval_shape(lambda: _empty_cache(config, batch, length))
     cache = placed(cache, cache_shardings(cache, placement, mesh))
     tokens = jax.ShapeDtypeStruct(
@@ -74,9 +76,9 @@ def _forward(config: Llama4Config, mesh: Mesh, placement: Placement, *, batch: i
     return Step(lowered, {"parameters": params, "cache": cache})
 
 
-def abstract_params(config: Llama4Config, dtype, placement: Placement, mesh: Mesh):
+def abstract_params(config: Llama4Config, dtype, placement: Placement, mesh: Mesh, *, scan: bool = True):
     """The structure of the model, and the shape and sharding of each parameter by name."""
-    model = jax.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0), dtype=dtype))
+    model = jax.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0), dtype=dtype, scan=scan))
     structure, params = names.split(model)
     return structure, placed(params, names.split(partitioning.shardings(model, placement, mesh))[1])
 
@@ -113,4 +115,4 @@ def cache_shardings(cache: Cache, placement: Placement, mesh: Mesh) -> Cache:
 
 
 def _empty_cache(config: Llama4Config, batch: int, length: int) -> Cache:
-    return Llama4(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16).init_cache(batch, length)
+    return init_cache(config.text, 0, batch, length, jnp.bfloat16)

@@ -7,66 +7,38 @@ that the mask leaves in one document of `length` tokens, because its loops depen
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import re
-import time
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from llama4_jax.config import Llama4Config, layer_kinds
+from llama4_jax.config import Attention, Llama4Config, layer_kinds
+from llama4_jax.config.train import REMAT
 from llama4_jax.model import accounting
 from llama4_jax.nn import expert_parallel
 from llama4_jax.plan import hlo
+from llama4_jax.plan.compiler import Answer
 from llama4_jax.plan.count import Counts, count
 from llama4_jax.plan.topology import Device
 
 GIB = 2**30
-# Gathers and scatters of the SparseCore stand in the program's text in a form that JAX's own reader refuses.
-OPTIONS = {
-    "xla_tpu_enable_offloading_gather_to_sparsecore": "false",
-    "xla_tpu_enable_offloading_scatter_to_sparsecore": "false",
-}
+# A block of scores takes two products forward, and five backward: the scores again, and a gradient for each operand.
+BACKWARD_PASSES = 5 / 2
 
 
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """A compiled program, or how far it is from fitting: `over` in GiB, where the compiler refused it."""
-
-    program: jax.stages.Compiled | None
-    seconds: float
-    over: float = 0.0
-
-
-def compile_step(lowered: jax.stages.Lowered) -> Compiled:
-    """Compiles for the devices that `lowered` was made for; what does not fit into their memory is a result, no error."""
-    start = time.perf_counter()
-    try:
-        return Compiled(lowered.compile(compiler_options=OPTIONS), time.perf_counter() - start)
-    except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"[Ee]xceeded hbm capacity by ([\d.]+)([MG])", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not found:
-            raise
-        over = float(found.group(1)) / (1 if found.group(2) == "G" else 1024)
-        return Compiled(None, time.perf_counter() - start, over)
-
-
-def memory(compiled: jax.stages.Compiled, arguments: dict[str, Any]) -> dict[str, float]:
+def memory(answer: Answer, arguments: dict[str, Any]) -> dict[str, float]:
     """GiB a device: of each kind of argument, of what the program makes besides, and at most at once."""
-    found = compiled.memory_analysis()
     kinds = {name: sum(map(_shard_bytes, jax.tree.leaves(tree))) / GIB for name, tree in arguments.items()}
-    # Not arguments and temporaries added up: those are more than are ever held at once.
-    peak = found.peak_memory_in_bytes
-    return kinds | {"temporaries": found.temp_size_in_bytes / GIB, "peak": peak / GIB}
+    made = {"temporaries": answer.temporaries, "written_in_place": answer.in_place, "peak": answer.peak}
+    return kinds | {name: size / GIB for name, size in made.items()}
 
 
-def counts(compiled: jax.stages.Compiled, mesh: Mesh) -> Counts:
+def counts(text: str, mesh: Mesh) -> Counts:
     """Of the scheduled program, at an even load of the experts."""
     sizes = dict(mesh.shape)
     fill = 1 / expert_parallel.MARGIN if sizes["expert"] > 1 else 1.0
-    return count(hlo.parse(compiled.as_text()), sizes, fill=fill)
+    return count(hlo.parse(text), sizes, fill=fill)
 
 
 def work(found: Counts) -> dict[str, Any]:
@@ -75,17 +47,29 @@ def work(found: Counts) -> dict[str, Any]:
         "matrix_pflop": found.matrix_flops / 1e15,
         "hbm_tb": found.hbm_bytes / 1e12,
         "wire_gib": found.wire_bytes / GIB,
+        "wire_gib_by_kind": {kind: value / GIB for kind, value in sorted(found.wire_by_kind.items())},
         "wire_gib_by_axes": {axes: value / GIB for axes, value in sorted(found.wire_by_axes.items())},
         "ragged_buffer_gib": found.ragged_buffer / GIB,
         "loops_counted_once": len(found.dynamic_loops),
     }
 
 
-def attention_flops(config: Llama4Config, length: int, tokens: float, passes: float) -> float:
-    """Of scores and weighted values for `tokens` tokens of documents of `length`, `passes` times a forward pass."""
-    text = config.text
-    seen = sum(accounting.visible_keys(text, kind.attention, length) for kind in layer_kinds(text))
+def attention_flops(config: Llama4Config, length: int, tokens: float, passes: float, imbalance: float = 1.0) -> float:
+    """Of scores and weighted values for `tokens` tokens of documents of `length`, `passes` times a forward pass.
+
+    imbalance: of the busiest device over the mean, in the layers that see everything before.
+    """
+    text, seen = config.text, 0.0
+    for kind in layer_kinds(text):
+        keys = accounting.visible_keys(text, kind.attention, length)
+        seen += keys * (imbalance if kind.attention is Attention.GLOBAL else 1.0)
     return tokens * passes * 4.0 * text.attention.num_heads * text.attention.head_dim * seen
+
+
+def attention_passes(remat: str) -> float:
+    """Of a training step, in forward passes: forward, backward, and forward again where the policy keeps no result."""
+    kept = REMAT[remat]
+    return 1 + BACKWARD_PASSES + (kept is not None and "attended" not in kept)
 
 
 def estimates(device: Device, found: Counts, attention: float, model_flops: float, tokens: float) -> dict[str, float]:

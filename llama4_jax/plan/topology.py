@@ -1,5 +1,7 @@
 """TPUs that programs are compiled for, and what their makers state of them, a device: tpu7x shows each chip as two.
 
+The compiler knows v5e and v6e in two dimensions up to 16x16 chips, v5p and tpu7x in three, as 4x8x8 for 256.
+
 Source: cloud.google.com/tpu/docs, pages v5e, v5p, v6e and tpu7x. `link` is the bandwidth along one axis of the torus, both
 ways: the stated bidirectional bandwidth of a chip, halved for what it sends and divided by its axes.
 """
@@ -7,28 +9,36 @@ ways: the stated bidirectional bandwidth of a chip, halved for what it sends and
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 
 import jax
 from jax.experimental import topologies
 
+from llama4_jax.plan.chips import CHIPS, Chip
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-    """memory in GiB, flops (bfloat16) a second, hbm and link in bytes a second."""
+    """flops (bfloat16) a second, hbm and link in bytes a second; memory in GiB, as `plan.chips` has it of the chip."""
 
-    memory: float
+    chip: Chip
     flops: float
     hbm: float
     link: float
 
+    @property
+    def memory(self) -> float:
+        return self.chip.memory / self.chip.devices
 
+
+_CHIP = {chip.name: chip for chip in CHIPS}
 DEVICES = {
-    "v5e": Device(memory=16, flops=197e12, hbm=819e9, link=100e9),
-    "v5p": Device(memory=95, flops=459e12, hbm=2765e9, link=200e9),
-    "v6e": Device(memory=32, flops=918e12, hbm=1640e9, link=200e9),
-    "tpu7x": Device(memory=96, flops=1155e12, hbm=3690e9, link=100e9),
+    "v5e": Device(chip=_CHIP["v5e"], flops=197e12, hbm=819e9, link=100e9),
+    "v5p": Device(chip=_CHIP["v5p"], flops=459e12, hbm=2765e9, link=200e9),
+    "v6e": Device(chip=_CHIP["v6e"], flops=918e12, hbm=1640e9, link=200e9),
+    "tpu7x": Device(chip=_CHIP["tpu7x"], flops=1155e12, hbm=3690e9, link=100e9),
 }
 
 
@@ -38,6 +48,11 @@ def device(topology: str) -> Device:
     if kind not in DEVICES or not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
         raise ValueError(f"topology {topology!r} is unknown; use one of {', '.join(DEVICES)} and a shape, as v5p:4x4x8")
     return DEVICES[kind]
+
+
+def size(topology: str) -> int:
+    """How many devices a topology has; needs no libtpu."""
+    return device(topology).chip.devices * math.prod(int(n) for n in topology.split(":")[1].split("x"))
 
 
 def devices(topology: str) -> Sequence[jax.Device]:
