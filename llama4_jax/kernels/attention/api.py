@@ -1,9 +1,8 @@
 """Attention for every path of the model: one call, several implementations, one suite of tests for all.
 
-A backend for TPU or GPU is a function with the signature of `reference.attend`; it joins `IMPLEMENTATIONS`, is chosen
-in `choose`, and raises `NotImplementedError` for what it cannot do. Nothing depends on where in an array a token lies,
-only on positions and segments, so a ring that passes keys between devices passes these along and keeps the rule. Over
-several devices chunked layers rely on one thing more: that tokens of a document follow each other (see `layout`).
+Here nothing depends on where in an array a token lies, only on positions and segments, so that a cache may hold its keys in
+any order, and a ring that passes keys between devices passes these along and keeps the rule. Kernels of TPUs and GPUs, and
+chunked layers over several devices, rely on one thing more, that tokens of a document follow each other: see `sequence`.
 """
 
 from __future__ import annotations
@@ -11,14 +10,11 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from llama4_jax.core import partitioning
-from llama4_jax.kernels.attention import blockwise, few_queries, neighbours, reference, ring
-from llama4_jax.kernels.attention.layout import Layout
+from llama4_jax.kernels.attention import blockwise, few_queries, reference
 
 IMPLEMENTATIONS = {
     "reference": reference.attend,
@@ -65,9 +61,9 @@ def attend(
         ValueError: for an unknown implementation, or shapes that do not belong together.
         NotImplementedError: for a dtype whose products are not computed here (integers, float8).
     """
-    _check(query, key, value, chunk_size)
-    _check_tokens("query", query, query_positions, query_segments)
-    _check_tokens("key", key, key_positions, key_segments)
+    check(query, key, value, chunk_size)
+    check_tokens("query", query, query_positions, query_segments)
+    check_tokens("key", key, key_positions, key_segments)
     if implementation is None:
         implementation = choose(query.shape, key.shape)
     if implementation not in IMPLEMENTATIONS:
@@ -83,39 +79,6 @@ def attend(
             key_segments=key_segments,
             chunk_size=chunk_size,
         )
-
-
-def attend_sequence(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    chunk_size: int | None,
-) -> jax.Array:
-    """`attend` of a whole sequence to itself, spread over the mesh in use (`partitioning.use`) if there is one.
-
-    Then rows, length and heads are cut as the placement in use says, and tokens lie as it says (`lay_out`). Keys of a
-    layer without chunks travel round the devices that share a row; those of a chunked layer go no further than its chunks
-    reach. Raises ValueError where a size is not divisible by the devices that share it.
-    """
-    tokens = {"query_positions": positions, "key_positions": positions}
-    tokens |= {"query_segments": segments, "key_segments": segments}
-    mesh, placement = partitioning.mesh_in_use(), partitioning.placement_in_use()
-    if mesh is None:
-        return attend(query, key, value, **tokens, chunk_size=chunk_size)
-    _check(query, key, value, chunk_size)
-    _check_tokens("query", query, positions, segments)
-    spec = partial(partitioning.spec, placement=placement, mesh=mesh)
-    spec(("batch", "time", "kv_heads", "head_dim"), key.shape)  # keys are cut as queries are, and there are fewer heads
-    queries, layout = spec(("batch", "time", "heads", "head_dim"), query.shape), Layout.of(placement, mesh)
-    layout.check(query.shape[1])
-    if chunk_size is None:
-        spread = ring.over_mesh(mesh, queries, implementation=placement.ring)
-    else:
-        spread = neighbours.over_mesh(mesh, queries, layout)
-    with jax.named_scope("attend"):
-        return spread(query, key, value, **tokens, chunk_size=chunk_size)
 
 
 def choose(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> str:
@@ -138,12 +101,16 @@ def _choose(rows: int, query_length: int, key_length: int, group: int) -> str:
         name, reason = "blockwise", f"scores are more than {FEW_SCORES}"
     else:
         name, reason = "reference", f"scores are not more than {FEW_SCORES}"
-    size = f"{rows} x {query_length} x {key_length} (batch and heads, queries, keys)"
-    _logger.info("attention uses %s for %s: %s", name, size, reason)
+    _logger.info("attention uses %s for %s: %s", name, size(rows, query_length, key_length), reason)
     return name
 
 
-def _check(query: jax.Array, key: jax.Array, value: jax.Array, chunk_size: int | None) -> None:
+def size(rows: int, query_length: int, key_length: int) -> str:
+    """Of a call, in words."""
+    return f"{rows} x {query_length} x {key_length} (batch and heads, queries, keys)"
+
+
+def check(query: jax.Array, key: jax.Array, value: jax.Array, chunk_size: int | None) -> None:
     for name, array in {"query": query, "key": key, "value": value}.items():
         if array.ndim != 4:
             raise ValueError(f"{name} has shape {array.shape}; wanted 4 axes: batch, length, heads, head_dim")
@@ -167,7 +134,7 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array, chunk_size: int |
         raise ValueError(f"chunk_size={chunk_size}; wanted at least 1, or None for a layer without chunks")
 
 
-def _check_tokens(name: str, array: jax.Array, positions: jax.Array, segments: jax.Array) -> None:
+def check_tokens(name: str, array: jax.Array, positions: jax.Array, segments: jax.Array) -> None:
     for kind, tokens in {"positions": positions, "segments": segments}.items():
         if tokens.shape != array.shape[:2]:
             raise ValueError(f"{name}_{kind} has shape {tokens.shape}; wanted {array.shape[:2]}, as {name} has tokens")

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llama4_jax.core import partitioning
 from llama4_jax.kernels.attention import mask
 
 Carry = TypeVar("Carry")
@@ -25,6 +26,8 @@ Carry = TypeVar("Carry")
 TILE_SCORES = 2**18
 LARGEST, SMALLEST = 128, 32
 LARGEST_KEYS = 1024  # for the few queries of a decoding step
+# Elsewhere tiles lie in HBM whatever their size, and matrix units want large products; 64 MiB of scores. Not measured.
+ACCELERATOR_TILE_SCORES, ACCELERATOR_LARGEST = 2**24, 512
 
 
 class Tokens(NamedTuple):
@@ -51,19 +54,22 @@ class Blocking:
 
 
 def choose(rows: int, query_length: int, key_length: int, chunk_size: int | None) -> Blocking:
-    """Block sizes that keep one tile of scores in cache and do not outgrow the chunk.
+    """Block sizes that keep one tile of scores in a CPU's cache, or make an accelerator's products large.
 
     Args:
         rows: score matrices computed together, batch times query heads.
         query_length, key_length: t and s.
         chunk_size: positions in a chunk, or None.
     """
-    size = min(_power_below(math.sqrt(TILE_SCORES / rows)), LARGEST)
+    on_cpu = partitioning.platform() == "cpu"
+    tile, largest = (TILE_SCORES, LARGEST) if on_cpu else (ACCELERATOR_TILE_SCORES, ACCELERATOR_LARGEST)
+    size = min(_power_below(math.sqrt(tile / rows)), largest)
+    # Nor do they outgrow the chunk.
     limit = LARGEST_KEYS if chunk_size is None else min(LARGEST_KEYS, 2 ** math.ceil(math.log2(chunk_size)))
     size = max(min(size, limit), SMALLEST)
     queries = _even(query_length, size)
     if query_length < size:
-        size = max(size, min(_power_below(TILE_SCORES / (rows * queries)), limit))
+        size = max(size, min(_power_below(tile / (rows * queries)), limit))
     return Blocking(queries=queries, keys=_even(key_length, size), chunk_size=chunk_size)
 
 

@@ -88,6 +88,13 @@ SMALL = {
 }
 """Small enough for every test; each has a trap of its own."""
 
+SEQUENCES = {
+    "aligned": _square(61, chunk_size=16, documents=((40, 8, 10), (32, 16, 5, 6)), **_SMALL),  # see `Rows.ALIGNED`
+    "several_blocks": _square(300, chunk_size=90, documents=((170, 120), (3, 280)), left_padding=(10, 0), **_SMALL),
+    "several_blocks_global": _square(300, documents=((170, 120), (3, 280)), left_padding=(10, 0), **_SMALL),
+}
+"""Rows that attend to themselves; those of several blocks are longer than the smallest that TPUs' kernels have."""
+
 REAL = {
     "nano_train": _square(256, batch=16, heads=4, kv_heads=2, head_dim=32, chunk_size=64),
     "bench_151m_prefill": _square(1024, batch=1, heads=8, kv_heads=2, head_dim=64, chunk_size=8192),

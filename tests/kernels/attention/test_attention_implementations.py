@@ -1,13 +1,24 @@
 """One suite for every implementation of attention: output and gradients against exact arithmetic, within the budget."""
 
 import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama4_jax.kernels.attention import api, blockwise, mask, reference, workloads
+from llama4_jax.kernels.attention import (
+    api,
+    blockwise,
+    chunks,
+    cudnn,
+    mask,
+    reference,
+    splash,
+    triton,
+    workloads,
+)
 from llama4_jax.kernels.attention.blocks import Blocking
 from llama4_jax.testing import budget
 
@@ -19,9 +30,26 @@ CASES += [("few_queries", name, jnp.float32) for name in ("several_chunks", "pac
 CASES += [("few_queries", "decode", jnp.bfloat16)]
 CASES += [(i, name, jnp.bfloat16) for name in ("several_chunks", "decode") for i in ("reference", "blockwise 16x8")]
 
+# For a sequence to itself alone. The last two are given rows as they are promised to be.
+KERNELS = {
+    "splash": partial(splash.attend, interpret=True),
+    "triton": partial(triton.attend, block=16, interpret=True),
+    "splash by chunks": chunks.apart(partial(splash.attend, interpret=True)),
+    "cudnn": partial(cudnn.attend, implementation="xla"),  # all that is not cuDNN's own
+    "cudnn by chunks": chunks.apart(partial(cudnn.attend, implementation="xla")),
+}
+CASES += [(i, name, jnp.float32) for name in ("packed", "five_heads_a_group") for i in ("splash", "triton")]
+CASES += [(i, name, jnp.float32) for name in ("several_blocks", "several_blocks_global") for i in ("splash", "triton")]
+CASES += [(i, "several_blocks", jnp.bfloat16) for i in ("splash", "triton")]
+CASES += [("splash by chunks", "aligned", jnp.float32)]
+CASES += [("cudnn by chunks", name, jnp.float32) for name in ("several_chunks", "chunk_divides_no_block")]
+CASES += [("cudnn", name, jnp.float32) for name in ("causal", "five_heads_a_group")]
+
 
 def run(implementation, query, key, value, tokens, chunk_size):
     """Attention by name; 'blockwise 16x8' sets the block sizes."""
+    if implementation in KERNELS:
+        return KERNELS[implementation](query, key, value, **tokens, chunk_size=chunk_size)
     name, _, sizes = implementation.partition(" ")
     if not sizes:
         return api.attend(query, key, value, **tokens, chunk_size=chunk_size, implementation=name)
@@ -30,8 +58,14 @@ def run(implementation, query, key, value, tokens, chunk_size):
     return blockwise.attend(query, key, value, **tokens, chunk_size=chunk_size, blocking=blocking)
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"))
 def output_and_gradients(implementation, arrays, tokens, cotangent, chunk_size):
+    # Interpreted kernels are large programs and run once: most of their time would go into making them fast.
+    options = {"xla_backend_optimization_level": 0} if implementation in KERNELS else None
+    call = jax.jit(_output_and_gradients, static_argnames=("implementation", "chunk_size"), compiler_options=options)
+    return call(implementation, arrays, tokens, cotangent, chunk_size)
+
+
+def _output_and_gradients(implementation, arrays, tokens, cotangent, chunk_size):
     def call(query, key, value):
         return run(implementation, query, key, value, tokens, chunk_size)
 
@@ -41,7 +75,7 @@ def output_and_gradients(implementation, arrays, tokens, cotangent, chunk_size):
 
 @functools.cache
 def inputs(name, dtype):
-    workload = workloads.SMALL[name]
+    workload = (workloads.SMALL | workloads.SEQUENCES)[name]
     arrays = workload.arrays(dtype=dtype)
     cotangent = jax.random.normal(jax.random.key(9), arrays["query"].shape, dtype)
     return workload, arrays, {k: jnp.asarray(v) for k, v in workload.tokens().items()}, cotangent
