@@ -10,6 +10,7 @@ Killed or interrupted, the same command goes on where it was. Every size is a fl
 data, --train for the training. --mesh spreads the model over several devices, and `launch/` starts several processes:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m experiments.pretrain_nano --mesh=fsdp=2,expert=2
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m experiments.pretrain_nano --mesh=context=4 --placement=long
     python -m launch.local --processes=4 -- python -m experiments.pretrain_nano --mesh=fsdp=2,expert=2
 """
 
@@ -40,6 +41,8 @@ from llama4_jax.eval import naming, report
 from llama4_jax.model import Llama4, initialise
 from llama4_jax.train import loop, metrics, pretrain, shards
 
+PLACEMENTS = {each.name: each for each in (partitioning.TRAIN, partitioning.LONG)}
+
 FOLDER = flags.DEFINE_string("folder", "runs/nano", "where the run lives: tokenizer, checkpoints, metrics, report")
 SEED = flags.DEFINE_integer("seed", 0, "of weights, data order and renderings")
 SET = flags.DEFINE_multi_string("set", [], "model override, as text.num_layers=8")
@@ -47,6 +50,7 @@ DATA = flags.DEFINE_multi_string("data", [], "data override, as num_emoji=500")
 TRAIN = flags.DEFINE_multi_string("train", [], "training override, as steps=300 or optimizer.learning_rate=1e-3")
 ON_NAN = flags.DEFINE_enum("on_nan", "stop", ["stop", "rollback"], "what to do when the loss is not finite")
 MESH = flags.DEFINE_string("mesh", None, "axes of the mesh and their sizes, as fsdp=2,expert=2; -1: whatever is left")
+PLACEMENT = flags.DEFINE_enum("placement", "train", sorted(PLACEMENTS), "long: few rows, whose tokens devices share")
 CLUSTER = flags.DEFINE_bool("cluster", False, "find the other processes as TPU pods, Slurm and Open MPI name them")
 VOCABULARY = flags.DEFINE_integer("vocab_size", 4096, "tokens of the tokenizer, special ones included")
 
@@ -168,7 +172,8 @@ def run() -> None:
     few = list(heldout.questions(data, tokenizer))[::5]
     ask = loop.Callback(max(train.steps // 5, 1), heldout_accuracy(structure, grammar, few))
     batches = loader.make(data, tokenizer, drawn=shards.own_pictures(data.images_per_batch, mesh))
-    model = pretrain.run(model, batches, train, folder=folder, callbacks=[ask], mesh=mesh)
+    where = {"mesh": mesh, "placement": PLACEMENTS[PLACEMENT.value]}
+    model = pretrain.run(model, batches, train, folder=folder, callbacks=[ask], **where)
     model = gathered(*names.split(model))
     if model is None:
         return

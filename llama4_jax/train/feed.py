@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from llama4_jax.core.partitioning import TRAIN, Placement
 from llama4_jax.train import shards
 
 logger = logging.getLogger(__name__)
@@ -40,11 +41,13 @@ class Drawn(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """Draws the loader's batches, `accumulation` for each step, and places them."""
+    """Draws the loader's batches, `accumulation` for each step, and places them; see `shards.place_batch`."""
 
     loader: Loader
     accumulation: int
     mesh: Mesh | None
+    placement: Placement = TRAIN
+    chunk_size: int | None = None
 
     def draw(self, step: int) -> Drawn:
         """The next batch, or the next few stacked on a new leading axis."""
@@ -55,7 +58,8 @@ class Feed:
             raise RuntimeError(f"the loader ended after step {step}; make it repeat, or lower train.steps") from None
         stacked = {name: np.stack([b[name] for b in batches]) for name in batches[0]}
         batch = batches[0] if self.accumulation == 1 else stacked
-        placed = shards.place_batch(batch, self.mesh, self.accumulation)
+        options = {"placement": self.placement, "chunk_size": self.chunk_size}
+        placed = shards.place_batch(batch, self.mesh, self.accumulation, **options)
         return Drawn(placed, int(np.count_nonzero(batch["segments"])))
 
 

@@ -27,6 +27,7 @@ from llama4_jax.checkpoint.store import Store
 from llama4_jax.config import to_dict
 from llama4_jax.config.train import TrainConfig
 from llama4_jax.core import processes
+from llama4_jax.core.partitioning import TRAIN, Placement
 from llama4_jax.train import books, goodput, shards
 from llama4_jax.train.books import Books
 from llama4_jax.train.feed import Feed, Loader
@@ -75,23 +76,26 @@ def train(
     callbacks: Sequence[Callback] = (),
     records: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
+    placement: Placement = TRAIN,
+    chunk_size: int | None = None,
 ) -> TrainState:
     """Trains up to step `config.steps` and returns the state; resumes first if `folder` holds checkpoints.
 
     state: the state before step 0 (its arrays are given up); step_function: from `step.make`; records: JSON values,
     such as the model's configuration, kept in every checkpoint and compared on resuming; mesh: where the parameters of
-    `state` lie, if not on one device. A checkpoint resumes on any other mesh.
+    `state` lie, if not on one device; placement, chunk_size: how batches lie on it, see `shards.place_batch`. A checkpoint
+    resumes on any other mesh and placement.
     Leaves `metrics.jsonl`, `tensorboard/` and `checkpoints/` in `folder`, which all processes of a run share.
     Raises NonFiniteError, and Interrupted on SIGTERM or SIGINT.
     """
     folder, account = pathlib.Path(folder), Account()
     state = shards.place_state(state, mesh)
     if mesh is not None:
-        step_function = shards.keep_places(step_function, state, mesh)
+        step_function = shards.keep_places(step_function, state, mesh, placement)
     records = {"train_config": to_dict(config)} | dict(records or {})
     with Store(folder / "checkpoints", keep=config.keep) as store, _Signals() as signals:
         restored = store.restore(books.arrays(state))
-        step, feed = restored.step if restored else 0, Feed(loader, config.accumulation, mesh)
+        step, feed = restored.step if restored else 0, Feed(loader, config.accumulation, mesh, placement, chunk_size)
         with Books(folder, store, loader, account, restored, config.steps) as book:
             if restored:
                 state = books.state(restored)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from llama4_jax.config import to_dict
 from llama4_jax.config.train import TrainConfig
 from llama4_jax.core import names
+from llama4_jax.core.partitioning import TRAIN, Placement
 from llama4_jax.model import Llama4
 from llama4_jax.train import losses, optim, step
 from llama4_jax.train.feed import Loader
@@ -29,12 +30,14 @@ def run(
     records: Mapping[str, Any] | None = None,
     objective: Callable[..., losses.Terms] | None = None,
     mesh: Mesh | None = None,
+    placement: Placement = TRAIN,
 ) -> Llama4:
     """Trains `model`, or resumes the run in `folder`, and returns the trained model; see `loop.train`.
 
     The arrays of `model` are given up. objective: `(model, batch, rng) -> losses.Terms`, by default the next-token
-    loss with the weights of `config`. mesh: on which `model` was initialised or loaded, if on one. Callbacks get parameters by name: `core.names.split(model)[0].merge` makes a
-    model of them, best inside the jitted function that uses it.
+    loss with the weights of `config`. mesh: on which `model` was initialised or loaded, if on one; placement: how batches
+    lie on it, such as `partitioning.LONG` for few and long rows. Callbacks get parameters by name:
+    `core.names.split(model)[0].merge` makes a model of them, best inside the jitted function that uses it.
     """
     structure, params = names.split(model)
     objective = objective or functools.partial(losses.next_token, config=config)
@@ -48,5 +51,7 @@ def run(
         callbacks=callbacks,
         records={"model_config": to_dict(model.config)} | dict(records or {}),
         mesh=mesh,
+        placement=placement,
+        chunk_size=model.config.text.attention.chunk_size,
     )
     return structure.merge(state.params)

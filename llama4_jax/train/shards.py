@@ -1,10 +1,10 @@
-"""Where a training run lives on a mesh: its state in the parameters' shards, its batches row by row.
+"""Where a training run lives on a mesh: its state in the parameters' shards, its batches by rows and time.
 
 Each process holds the whole batch as numpy arrays (see `data.loader`), and gives its devices the parts that are theirs: the
-arrays on the mesh are the same for any number of processes.
+arrays on the mesh are the same for any number of processes. Under a placement for long rows tokens lie in its order.
 
-Pictures are split as rows are, by their number in the batch, for the vision tower costs much and knows nothing of rows:
-the features then travel to the placeholders, wherever those are. Tiles of zeros fill them up to a whole number a device.
+Pictures are split as rows of `TRAIN` are, by their number in the batch, for the vision tower costs much and knows nothing of
+rows: the features then travel to the placeholders, wherever those are. Tiles of zeros fill them up to a whole number a device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama4_jax.core import partitioning, processes
-from llama4_jax.core.partitioning import TRAIN
+from llama4_jax.core.partitioning import TRAIN, Placement
+from llama4_jax.kernels import attention
 from llama4_jax.train.state import TrainState
 
 Batch = Mapping[str, np.ndarray]
@@ -55,25 +56,35 @@ def place_state(state: TrainState, mesh: Mesh | None) -> TrainState:
     return jax.tree.map(place, state)
 
 
-def place_batch(batch: Batch, mesh: Mesh | None, accumulation: int = 1) -> Batch:
-    """A batch of the loader on the mesh: rows over its batch axes, time over `context`, pictures as the module says.
+def place_batch(
+    batch: Batch,
+    mesh: Mesh | None,
+    accumulation: int = 1,
+    *,
+    placement: Placement = TRAIN,
+    chunk_size: int | None = None,
+) -> Batch:
+    """A batch of the loader on the mesh: rows and time as `placement` cuts and orders them, pictures as the module says.
 
-    With `accumulation` > 1 every array has a leading axis of microbatches, which is not split. Raises ValueError where
-    rows or time cannot be divided.
+    With `accumulation` > 1 every array has a leading axis of microbatches, which is not split. chunk_size: of the model's
+    chunked layers, wanted where the placement promises `aligned` documents. Raises ValueError where rows or time cannot be
+    divided, and as `kernels.attention.lay_out`.
     """
     if mesh is None:
         return batch
     lead = ("microbatch",) if accumulation > 1 else ()
-    return {name: _place(name, array, lead, mesh) for name, array in batch.items()}
+    batch = attention.lay_out(batch, placement, mesh, chunk_size=chunk_size)
+    return {name: _place(name, array, lead, placement, mesh) for name, array in batch.items()}
 
 
-def _place(name: str, array: np.ndarray, lead: tuple[str, ...], mesh: Mesh) -> jax.Array:
+def _place(name: str, array: np.ndarray, lead: tuple[str, ...], placement: Placement, mesh: Mesh) -> jax.Array:
+    axes, rule = lead + partitioning.BATCH_AXES, placement
     if name == "images":
         surplus = -array.shape[len(lead)] % _ways(mesh)
         array = np.pad(array, [(0, surplus if axis == len(lead) else 0) for axis in range(array.ndim)])
-    axes = lead + (_PICTURES if name == "images" else partitioning.BATCH_AXES)
+        axes, rule = lead + _PICTURES, TRAIN
     try:
-        sharding = partitioning.sharding(axes, array.shape, TRAIN, mesh)
+        sharding = partitioning.sharding(axes, array.shape, rule, mesh)
     except ValueError as error:
         raise ValueError(f"{name} of the batch: {error}; change rows or sequence_length, or the mesh") from None
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
@@ -94,7 +105,7 @@ def _ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in TRAIN.table["batch"])
 
 
-def keep_places(step_function: Callable, state: TrainState, mesh: Mesh) -> Callable:
+def keep_places(step_function: Callable, state: TrainState, mesh: Mesh, placement: Placement = TRAIN) -> Callable:
     """`step_function` with its state where `state` is, step after step, and its metrics whole on every device.
 
     Left to itself the compiler may divide what comes out of a step unlike what went in, and the next step would be
@@ -107,7 +118,7 @@ def keep_places(step_function: Callable, state: TrainState, mesh: Mesh) -> Calla
     compiled = []
 
     def take(state: TrainState, batch: Batch):
-        with jax.set_mesh(mesh):
+        with partitioning.use(mesh, placement):
             if not compiled:
                 compiled.append(step.lower(state, batch).compile())
                 processes.wait_for_all()

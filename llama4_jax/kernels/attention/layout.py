@@ -131,12 +131,13 @@ def lay_out(
 
     chunk_size: of the chunked layers; wanted where `placement.aligned`, to check the promise.
 
-    Raises ValueError for a broken promise, for a length that cannot be cut, and where the order is not the row's and the
-    batch has no positions: they cannot be counted any more.
+    Raises ValueError for a broken promise, for a length that cannot be cut, and, where the order is not the row's, for a batch
+    without positions, which cannot be counted any more, and for one that is laid out already.
     """
     layout = Layout.of(placement, mesh)
     if layout.order is not TimeOrder.ROW:
         require_positions(batch.get("positions"), layout)
+        check_in_order(batch)
     if layout.devices > 1 and placement.aligned:
         if chunk_size is None:
             raise ValueError(
@@ -154,6 +155,24 @@ def require_positions(positions: Array | None, layout: Layout) -> None:
             f"rows lie in {layout.order.value} order over {layout.devices} devices, so positions cannot be counted; give "
             "positions [b t], laid out with the tokens (kernels.attention.lay_out)"
         )
+
+
+def check_in_order(batch: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError, naming the row, unless the tokens of each document follow each other in it, first to last.
+
+    batch: positions [.. t], and segments, or one document a row.
+    """
+    length, positions = batch["tokens"].shape[-1], np.asarray(batch["positions"])
+    segments = np.asarray(batch.get("segments", np.ones_like(positions)))
+    for number, (row, documents) in enumerate(zip(positions.reshape(-1, length), segments.reshape(-1, length))):
+        row, documents = row[documents != 0], documents[documents != 0]
+        begins = np.diff(documents, prepend=0) != 0
+        back = ~begins[1:] & (row[1:] <= row[:-1])
+        if back.any() or len(np.unique(documents)) != begins.sum():
+            raise ValueError(
+                f"row {number} holds a document in parts or out of order; lay_out wants tokens in the row's own order, and is "
+                "called once: train.shards.place_batch calls it too"
+            )
 
 
 def check_aligned(batch: Mapping[str, np.ndarray], chunk_size: int) -> None:

@@ -89,6 +89,13 @@ def test_zigzag_order_wants_positions_and_a_length_that_can_be_cut():
         lay_out(batch([16]), LONG, mesh(context=3))
 
 
+@pytest.mark.parametrize("documents", [[16], [7, 9], [3, 3, 8]], ids=str)
+def test_a_batch_is_laid_out_once(documents):
+    once = lay_out(batch(documents), LONG, mesh(context=2))
+    with pytest.raises(ValueError, match="row 0 holds a document in parts or out of order; lay_out wants tokens"):
+        lay_out(once, LONG, mesh(context=2))
+
+
 ALIGNED = dataclasses.replace(TRAIN, aligned=True)
 
 

@@ -1,0 +1,141 @@
+"""Training with rows that devices share in zig-zag order: the numbers of one device and of rows kept whole."""
+
+import dataclasses
+import functools
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import CountingLoader, quick_model
+
+from llama4_jax.config.train import OptimizerConfig, TrainConfig
+from llama4_jax.core import names, partitioning
+from llama4_jax.core.partitioning import LONG, TRAIN
+from llama4_jax.testing import tiny
+from llama4_jax.train import loop, losses, metrics, optim, shards, step
+from llama4_jax.train.state import create
+
+pytestmark = pytest.mark.multidevice
+
+# Four rows: one on each of four pairs of devices in TRAIN, two on each of two groups of four in LONG.
+SIZES = {"fsdp": 2, "expert": 2, "context": 2}
+# A large epsilon: otherwise a first step is the sign of the gradient, even of one that is nothing but rounding.
+CONFIG = TrainConfig(
+    steps=3,
+    save_every=1,
+    log_every=1,
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0, epsilon=1e-2),
+)
+
+
+class Pictured(CountingLoader):
+    """Four rows of 48 tokens: two documents, padding, and in all but one row a picture, which lies in two pieces of 6."""
+
+    def __next__(self):
+        batch = super().__next__()
+        batch["tokens"][[0, 1, 3], 3:7] = 31
+        batch["images"] = np.random.default_rng(self.index).uniform(-1, 1, (3, 16, 16, 3)).astype(np.float32)
+        return batch
+
+
+@pytest.fixture(scope="module")
+def run():
+    """`run(folder, placement, stop)`: the parameters after three steps, by name; one device without a placement.
+
+    A chunked dense layer, then a global one with experts; chunks of 4 tokens. Preempted after step `stop`.
+    """
+    config = tiny.vision_config(num_layers=2, vocab_size=32, patch_token=31)
+    text = dataclasses.replace(config.text, moe=dataclasses.replace(config.text.moe, step=2))
+    vision = dataclasses.replace(config.vision, num_layers=1)
+    model = quick_model(dataclasses.replace(config, text=text, vision=vision))
+    structure, _ = names.split(model)
+    optimizer = optim.make(CONFIG.optimizer, CONFIG.steps)
+    objective = functools.partial(losses.next_token, config=CONFIG)
+    take = step.make(structure, objective, optimizer, CONFIG, model.config.text)
+    weights = jax.tree.map(np.asarray, model)
+
+    def run(folder, placement=None, stop=None):
+        def strike(params, step):
+            if step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        mesh, where = (partitioning.make_mesh(SIZES) if placement else None), {}
+        places = partitioning.shardings(model, TRAIN, mesh) if placement else None
+        state = create(names.split(jax.device_put(weights, places))[1], optimizer)
+        if placement:
+            where = {"mesh": mesh, "placement": placement, "chunk_size": tiny.CHUNK}
+        loader, callbacks = Pictured(batch=4, time=48, vocab=31), [loop.Callback(1, strike)]
+        after = loop.train(state, take, loader, CONFIG, folder=folder, callbacks=callbacks, **where)
+        return jax.tree.map(np.asarray, after.params)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(run, tmp_path_factory):
+    """Three runs to the end, by name: parameters, and the folder with a checkpoint of each step."""
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, {
+        name: run(folder / name, place) for name, place in (("alone", None), ("train", TRAIN), ("long", LONG))
+    }
+
+
+def losses_of(folder):
+    return [line["loss"] for line in metrics.read(folder / "metrics.jsonl")]
+
+
+def close(one, other):
+    for name, value in one.items():
+        np.testing.assert_allclose(value, other[name], atol=1e-5, err_msg=name)
+
+
+def test_three_steps_do_not_depend_on_who_holds_which_tokens(runs):
+    folder, params = runs
+    for name in ("train", "long"):
+        np.testing.assert_allclose(losses_of(folder / name), losses_of(folder / "alone"), rtol=1e-6)
+        close(params[name], params["alone"])
+
+
+def test_no_step_after_the_first_compiles_anything(runs):
+    """The compiler may spell the place of what comes out of a step unlike that of what went in, though it is the same."""
+    for name in ("train", "long"):
+        lines = metrics.read(runs[0] / name / "metrics.jsonl")
+        compiling = [line["goodput/compile"] * line["wall_seconds"] for line in lines]
+        assert compiling[0] > 0 and np.ptp(compiling) < 1e-9
+
+
+def test_a_long_run_that_was_stopped_ends_with_the_same_bits(run, runs, tmp_path):
+    with pytest.raises(loop.Interrupted):
+        run(tmp_path, LONG, stop=1)
+    resumed = run(tmp_path, LONG)
+    for name, value in runs[1]["long"].items():
+        np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+    assert losses_of(tmp_path) == losses_of(runs[0] / "long")
+
+
+def test_a_run_with_whole_rows_goes_on_with_shared_ones(run, runs, tmp_path):
+    """From the first step's checkpoint; a checkpoint says nothing of placements."""
+    shutil.copytree(runs[0] / "train" / "checkpoints" / "1", tmp_path / "checkpoints" / "1")
+    close(run(tmp_path, LONG), runs[1]["alone"])
+
+
+def test_tokens_lie_in_zigzag_order_over_expert_and_context_and_pictures_as_ever():
+    mesh, batch = partitioning.make_mesh(SIZES), next(Pictured(batch=4, time=48, vocab=31))
+    placed = shards.place_batch(batch, mesh, placement=LONG)
+    first = placed["positions"].addressable_shards[0].data
+    np.testing.assert_array_equal(first, batch["positions"][:2, [*range(6), *range(42, 48)]])
+    assert placed["images"].addressable_shards[0].data.shape == (1, 16, 16, 3)  # three and one of zeros, over four
+    np.testing.assert_array_equal(placed["images"][:3], batch["images"])
+    stacked = {name: np.stack([array, array]) for name, array in batch.items()}
+    again = shards.place_batch(stacked, mesh, 2, placement=LONG)
+    np.testing.assert_array_equal(again["positions"][1], placed["positions"])
+
+
+def test_documents_that_are_promised_to_be_aligned_are_looked_at():
+    mesh, batch = partitioning.make_mesh(SIZES), next(Pictured(batch=4, time=48, vocab=31))
+    promise = {"placement": dataclasses.replace(LONG, aligned=True), "chunk_size": 16}
+    with pytest.raises(ValueError, match="a chunk of 16 positions crosses token 32 of row 0"):
+        shards.place_batch(batch, mesh, **promise)
