@@ -81,33 +81,33 @@ def attend(
         )
 
 
+@functools.lru_cache(maxsize=4096)
 def choose(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> str:
-    """The implementation that `attend` uses for these shapes, logged once for each size.
+    """The implementation that `attend` uses for these shapes, logged once for each.
 
     Args:
         query_shape: (b, t, n, h).
         key_shape: (b, s, k, h).
     """
-    batch, query_length, heads, _ = query_shape
-    return _choose(batch * heads, query_length, key_shape[1], heads // key_shape[2])
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose(rows: int, query_length: int, key_length: int, group: int) -> str:
-    scores = rows * query_length * key_length
-    if query_length * group <= FEW_QUERIES:
-        name, reason = "few_queries", f"at most {FEW_QUERIES} queries share a key"
-    elif scores > FEW_SCORES:
-        name, reason = "blockwise", f"scores are more than {FEW_SCORES}"
-    else:
-        name, reason = "reference", f"scores are not more than {FEW_SCORES}"
-    _logger.info("attention uses %s for %s: %s", name, size(rows, query_length, key_length), reason)
+    name, reason = by_size(query_shape, key_shape)
+    _logger.info("attention uses %s for %s: %s", name, describe(query_shape, key_shape), reason)
     return name
 
 
-def size(rows: int, query_length: int, key_length: int) -> str:
-    """Of a call, in words."""
-    return f"{rows} x {query_length} x {key_length} (batch and heads, queries, keys)"
+def by_size(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> tuple[str, str]:
+    """The implementation in `IMPLEMENTATIONS` that suits a call of this size, and why."""
+    batch, query_length, heads, _ = query_shape
+    if query_length * heads // key_shape[2] <= FEW_QUERIES:
+        return "few_queries", f"at most {FEW_QUERIES} queries share a key"
+    if batch * heads * query_length * key_shape[1] > FEW_SCORES:
+        return "blockwise", f"scores are more than {FEW_SCORES}"
+    return "reference", f"scores are not more than {FEW_SCORES}"
+
+
+def describe(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> str:
+    """The size of a call, in words."""
+    rows = query_shape[0] * query_shape[2]
+    return f"{rows} x {query_shape[1]} x {key_shape[1]} (batch and heads, queries, keys)"
 
 
 def check(query: jax.Array, key: jax.Array, value: jax.Array, chunk_size: int | None) -> None:

@@ -115,19 +115,17 @@ def choose(
         dtype: of all.
         rows: what is promised of them.
     """
-    general = api.choose(query_shape, key_shape)
+    general, reason = api.by_size(query_shape, key_shape)
     if general != "blockwise":
-        return general  # so few scores are not worth a kernel
-    size = api.size(query_shape[0] * query_shape[2], query_shape[1], key_shape[1])
-    refused = ""
+        return api.choose(query_shape, key_shape)  # so few scores are not worth a kernel
+    call = api.describe(query_shape, key_shape)
     for name in PREFERRED.get(platform, ()):
-        reason = KERNELS[name].refusal(query_shape, key_shape, dtype)
+        refused = KERNELS[name].refusal(query_shape, key_shape, dtype)
         if name == "cudnn" and rows is not Rows.PLAIN:
-            reason = "rows that may be packed or padded"
-        if not reason:
-            _logger.info("attention uses %s for %s: a kernel for %s%s", name, size, platform, refused)
+            refused = "rows that may be packed or padded"
+        if not refused:
+            _logger.info("attention uses %s for %s: %s, on a %s", name, call, reason, platform)
             return name
-        refused += f"; {name} does not do {reason}"
-    if refused:
-        _logger.info("attention uses %s for %s%s", general, size, refused)
+        reason += f", and {name} does not do {refused}"
+    _logger.info("attention uses %s for %s: %s", general, call, reason)
     return general

@@ -60,10 +60,10 @@ def test_choice_and_what_was_refused_are_logged_once(caplog):
         for _ in range(3):
             sequence.choose("gpu", *shapes, jnp.dtype("bfloat16"))
             sequence.choose("tpu", *shapes, jnp.dtype("float16"))
-    size = "8 x 1999 x 1999 (batch and heads, queries, keys)"
+    call = "8 x 1999 x 1999 (batch and heads, queries, keys): scores are more than 262144"
     assert [record.getMessage() for record in caplog.records] == [
-        f"attention uses triton for {size}: a kernel for gpu; cudnn does not do rows that may be packed or padded",
-        f"attention uses blockwise for {size}; splash does not do float16, only bfloat16 and float32",
+        f"attention uses triton for {call}, and cudnn does not do rows that may be packed or padded, on a gpu",
+        f"attention uses blockwise for {call}, and splash does not do float16, only bfloat16 and float32",
     ]
 
 
