@@ -11,6 +11,7 @@ import pytest
 EXPERIMENT_PARTS = {
     "__init__",
     "output",
+    "pod",
     "speaking",
 }  # files in experiments/ that are no experiment and that experiments import
 FOLDERS = ("llama4_jax", "experiments", "benchmarks", "launch", "tests")
