@@ -11,7 +11,8 @@ Expected:  missed 0, false 0 (seeds 0, 1, 2); of the pairs that signatures alone
 
 The source is what every machine has: the standard library's code and documentation, and the manual pages installed. What
 its held-out modules document serves as an evaluation set, a paragraph an item. Killed, the same command goes on; any
-number of workers writes the same bytes.
+number of workers writes the same bytes. With --tokenizer it also writes token ids, which experiments.pretrain_scout and its like
+read, and would otherwise write first.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import numpy as np
 from absl import app, flags
 
 from experiments import output
-from llama4_jax.data import text
+from llama4_jax import tokenizer as tokenizers
+from llama4_jax.data import text, tokens
 from llama4_jax.data.preparation import corpus, decontaminate, examples, language, planting, prepare, trial, words
 from llama4_jax.data.preparation.dedup import Likeness
 from llama4_jax.data.preparation.ledger import write
@@ -40,6 +42,7 @@ THRESHOLD = flags.DEFINE_float("threshold", 0.7, "Jaccard similarity from which 
 SENTENCES = flags.DEFINE_boolean("sentences", True, "say in each record where sentences begin and end")
 SHARD_MB = flags.DEFINE_float("shard_mb", 8.0, "megabytes of text in a shard")
 PART_MB = flags.DEFINE_float("part_mb", 2.0, "megabytes of source files that a worker takes at a time")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenise the shards with this, for experiments.pretrain_scout")
 PLANT = flags.DEFINE_integer("plant", 0, "documents of each kind to plant, which are then judged; for trials alone")
 MANUALS = flags.DEFINE_string(
     "manuals", "/usr/share/man", "folder of manual pages; languages are learned from them, too"
@@ -190,6 +193,7 @@ def show_trial(found: trial.Trial) -> None:
 
 def main(_) -> None:
     folder = pathlib.Path(FOLDER.value)
+    tokenizer = tokenizers.load(TOKENIZER.value) if TOKENIZER.value else None  # a wrong path is better known now
     sources, evaluation = [*builtin_sources(), *given_sources()], evaluation_sets()
     sizes = {"part_bytes": int(PART_MB.value * 1e6), "shard_bytes": int(SHARD_MB.value * 1e6)}
     likeness = Likeness(threshold=THRESHOLD.value, seed=SEED.value)
@@ -206,6 +210,8 @@ def main(_) -> None:
         keep_work=bool(PLANT.value),
     )
     show(prepared, accuracy)
+    if tokenizer:
+        tokens.write(folder, tokenizer)
     results = summary_of(prepared, accuracy)
     if PLANT.value:
         judged = trial.judge(folder, [item for s in sources for item in s.items], items, kinds, settings)

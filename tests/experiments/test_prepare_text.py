@@ -2,8 +2,13 @@
 
 import json
 
+from llama4_jax import tokenizer
+from llama4_jax.data import tokens
+from llama4_jax.data.preparation import read
+
 
 def test_a_trial_finds_all_that_was_planted_and_nothing_else(script, tmp_path):
+    vocabulary = tokenizer.train(["Tokens of the shards, too. " * 40], 280, tmp_path / "tokenizer.model")
     process = script(
         *("prepare_text", "--folder", str(tmp_path / "text"), "--json", str(tmp_path / "out.json"), "--seed", "4"),
         *(
@@ -16,6 +21,8 @@ def test_a_trial_finds_all_that_was_planted_and_nothing_else(script, tmp_path):
             "--limit",
             "250",
             "--nosentences",
+            "--tokenizer",
+            str(tmp_path / "tokenizer.model"),
         ),
     )
     found = json.loads((tmp_path / "out.json").read_text())
@@ -30,6 +37,9 @@ def test_a_trial_finds_all_that_was_planted_and_nothing_else(script, tmp_path):
     assert numbers["no leak, 12 words"] == numbers["copy, 10 % of words"] == ["3", "0", "0", "0", "0", "0"]
     assert len({len(line) for line in table}) == 1  # the columns line up
     assert not (tmp_path / "text" / "work").exists()
+    sources, written = read.sources(tmp_path / "text"), tokens.Tokens(tmp_path / "text", vocabulary)
+    assert len(sources) == len(written.bounds) - 1 == found["kept_documents"]
+    assert vocabulary.decode(written.read(7, 1, written.bounds[8] - written.bounds[7])) == sources[7].read()
     assert "false-positive rate" in process.stdout and "MB/s" in process.stdout
 
 
