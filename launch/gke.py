@@ -1,12 +1,13 @@
 """A JobSet for TPU slices under GKE, with Kueue's queue, restarts and time to save; and the equal xpk command.
 
-    python -m launch.gke --slice=v5p:4x4x8 --name=nano --image=REGION-docker.pkg.dev/PROJECT/llama4/train \
-        -- python -m experiments.pretrain_nano --cluster --folder=/checkpoints/nano > nano.yaml
-    kubectl apply -f nano.yaml
+    python -m launch.gke --slice=v5p:4x4x8 --name=scout --image=REGION-docker.pkg.dev/PROJECT/llama4/train --claim=CLAIM \
+        -- python -m experiments.pretrain_scout --cluster --data=/data/text --tokenizer=/data/tokenizer.model --output=/data/scout \
+        > scout.yaml
+    kubectl apply -f scout.yaml
 
-One pod a host, all of a slice or none. A pod that dies takes its JobSet down, which starts again and resumes from the last
-checkpoint; a pod that is evicted gets SIGTERM, and the grace period to save in. --xpk=CLUSTER prints the command of xpk
-instead.
+One pod a host, all of a slice or none; all see the file system of --claim at /data. A pod that dies takes its JobSet down,
+which starts again and resumes from the last checkpoint; a pod that is evicted gets SIGTERM, and the grace period to save in.
+--xpk=CLUSTER prints the command of xpk instead, which mounts what `xpk storage attach` was told of.
 Source: the JobSet API (jobset.x-k8s.io/v1alpha2), "Run TPU workloads with Kueue and JobSet" (Google Cloud).
 """
 
@@ -25,6 +26,7 @@ from launch.slices import Slice
 
 SLICES = flags.DEFINE_integer("slices", 1, "slices that train one model together", lower_bound=1)
 IMAGE = flags.DEFINE_string("image", None, "container image with this project in it", required=True)
+CLAIM = flags.DEFINE_string("claim", None, "PersistentVolumeClaim, ReadWriteMany, of the files that all hosts share")
 QUEUE = flags.DEFINE_string("queue", "default", "Kueue's LocalQueue")
 RESTARTS = flags.DEFINE_integer("restarts", 10, "times the JobSet may start again", lower_bound=0)
 XPK = flags.DEFINE_string("xpk", None, "name of an xpk cluster: print the xpk command for it instead of the manifest")
@@ -42,6 +44,7 @@ class Job:
     queue: str = "default"
     restarts: int = 10
     grace: int = 120
+    claim: str | None = None
 
     def __post_init__(self):
         # Names of pods add a slice, a host and a random tail to it, and have at most 63 letters.
@@ -59,6 +62,7 @@ def manifest(job: Job) -> str:
     """The JobSet as YAML; as every JSON text is YAML, strings are quoted as JSON does."""
     quote, kind = json.dumps, job.slice.kind
     arguments = "\n".join(f"                    - {quote(word)}" for word in job.command)
+    mounts, volumes = _shared_files(job.claim)
     return f"""\
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -105,7 +109,25 @@ spec:
                       google.com/tpu: {job.slice.chips_per_host}
                     limits:
                       google.com/tpu: {job.slice.chips_per_host}
+{mounts}{volumes}"""
+
+
+def _shared_files(claim: str | None) -> tuple[str, str]:
+    """Of the container and of the pod; nothing without a claim."""
+    if claim is None:
+        return "", ""
+    mounts = """\
+                  volumeMounts:
+                    - name: shared
+                      mountPath: /data
 """
+    volumes = f"""\
+              volumes:
+                - name: shared
+                  persistentVolumeClaim:
+                    claimName: {json.dumps(claim)}
+"""
+    return mounts, volumes
 
 
 def xpk(job: Job, cluster: str) -> str:
@@ -126,9 +148,8 @@ def xpk(job: Job, cluster: str) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     where = (slices.parse(asked.SLICE.value), SLICES.value)
-    job = Job(
-        asked.NAME.value, IMAGE.value, tuple(arguments[1:]), *where, QUEUE.value, RESTARTS.value, asked.GRACE.value
-    )
+    how = {"queue": QUEUE.value, "restarts": RESTARTS.value, "grace": asked.GRACE.value, "claim": CLAIM.value}
+    job = Job(asked.NAME.value, IMAGE.value, tuple(arguments[1:]), *where, **how)
     print(xpk(job, XPK.value) + "\n" if XPK.value else manifest(job), end="")
 
 

@@ -1,6 +1,7 @@
 """Manifests and scripts ask for what was meant, and their flags are known to the compilers that will read them."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -84,6 +85,36 @@ def test_the_xpk_line_asks_for_the_same():
         **{"cluster": "pool", "workload": "nano", "docker-image": "reg.dev/p/train:1", "tpu-type": "v5p-256"},
         **{"num-slices": "2", "max-restarts": "7", "termination-grace-period-seconds": "90"},
     }
+
+
+SCOUT = (
+    *(
+        "python",
+        "-m",
+        "experiments.pretrain_scout",
+        "--cluster",
+        "--data=/data/text",
+        "--tokenizer=/data/tokenizer.model",
+    ),
+    "--output=/data/scout",
+)
+
+
+def test_a_recipe_starts_from_each_generator_with_flags_that_it_knows_and_files_that_all_hosts_see(root):
+    where = slices.parse("v5p:4x4x8")
+    (replicated,) = yaml.safe_load(gke.manifest(job(command=SCOUT, claim="shared")))["spec"]["replicatedJobs"]
+    pod = replicated["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
+    assert mount == {"name": volume["name"], "mountPath": "/data"}
+    assert volume["persistentVolumeClaim"] == {"claimName": "shared"}
+    assert container["command"] == list(SCOUT) and replicated["template"]["spec"]["parallelism"] == 32
+    scripts = [queued.script(where, "scout", ("p", "z"), "r", SCOUT, spot=True)]
+    scripts.append(slurm.script("scout", "h100", 16, 8, 24, 120, SCOUT))
+    assert all(shlex.join(SCOUT) in text for text in scripts)
+    assert shlex.join(SCOUT) in " ".join(gke.__doc__.split())  # what is shown there is what runs here
+    known = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (root / "experiments" / "pod.py").read_text())
+    assert {word.removeprefix("--").split("=")[0] for word in SCOUT[3:]} <= set(known)
 
 
 @pytest.mark.parametrize("changes", [{"name": "Nano"}, {"name": "n" * 41}, {"command": ()}])
