@@ -8,11 +8,13 @@ Command:   python -m experiments.context_parallel
 Hardware:  2 CPU cores, 2 GB of memory; 20 seconds (Scout: one or two minutes). Programs are compiled, not run.
 Expected:  exactly: 25.0 % of a ring over all layers with aligned documents, 28.2 % with documents that begin anywhere (in
            zig-zag order, with two pieces a device, 31.4 %); work of the busiest device over the mean 1.00 in zig-zag
-           order, 1.86 without. Scout over 64 devices: 25.0 to 27.0 %; work 1.00 and 1.98.
+           order, 1.86 without. Scout over 64 devices: 25.0 to 27.0 %; work 1.00 and 1.98. Packed rows are uneven in either
+           order: with 2 to 16 documents anywhere 1.3 to 1.6 in zig-zag order, 1.6 to 2.0 without.
 
 Bytes are read from the compiled programs, loops counted as often as they run (`llama4_jax/plan`), for one row and float32
 keys; a device that takes part in every transfer sends so many. Work is pairs of query and key blocks that the mask leaves
-anything in. It is even for one document a row: of packed ones each has its own triangle, wherever they lie.
+anything in. It is even for one document a row; of packed ones each has its own triangle, wherever they lie, and a second table
+says how uneven that leaves the ring of a global layer, over draws of where documents begin.
 """
 
 from __future__ import annotations
@@ -40,10 +42,12 @@ SET = flags.DEFINE_multi_string("set", [], "model override, as text.attention.ch
 DEVICES = flags.DEFINE_integer("devices", 8, "simulated devices, which share the row", lower_bound=2)
 LENGTH = flags.DEFINE_integer("length", 1024, "tokens of the row", lower_bound=1)
 BLOCK = flags.DEFINE_integer("block", 16, "tokens of the blocks that work is counted in", lower_bound=1)
+DRAWS = flags.DEFINE_integer("draws", 16, "rows of packed documents that are drawn for each number of them")
 SEED = flags.DEFINE_integer("seed", 0, "of the lengths of packed documents")
 
 ORDERS = {"contiguous": TRAIN, "zig-zag": LONG}
-DOCUMENTS = {"aligned": True, "anywhere": False}
+DOCUMENTS = {"aligned": 1, "anywhere": 4}  # in the row
+PACKED = (1, 2, 4, 8, 16, 32)
 
 
 def main(_) -> None:
@@ -54,8 +58,8 @@ def main(_) -> None:
     cases = [(layer, order, documents) for layer in chunks for order in ORDERS for documents in DOCUMENTS]
     rows = {}
     for layer, order, documents in tqdm(cases, desc="compiling", dynamic_ncols=True):
-        placement = dataclasses.replace(ORDERS[order], aligned=DOCUMENTS[documents] and layer == "chunked")
-        work = work_of(placement, chunks[layer], DOCUMENTS[documents])
+        placement = dataclasses.replace(ORDERS[order], aligned=DOCUMENTS[documents] == 1 and layer == "chunked")
+        work = work_of(placement, chunks[layer], DOCUMENTS[documents], SEED.value)
         rows[layer, order, documents] = {
             "forward": sent(config, placement, chunks[layer], train=False),
             "training": sent(config, placement, chunks[layer], train=True),
@@ -63,10 +67,12 @@ def main(_) -> None:
             "work_mean": float(work.mean()),
         }
     show(rows)
+    uneven = {order: {str(count): unevenness(ORDERS[order], count) for count in PACKED} for order in ORDERS}
+    show_unevenness(uneven)
     output.finish(
         {"devices": DEVICES.value, "length": LENGTH.value, "chunk_size": chunks["chunked"]}
         | {" ".join(case): row for case, row in rows.items()}
-        | {"of_a_ring_over_all_layers": shares(config, rows)}
+        | {"of_a_ring_over_all_layers": shares(config, rows), "busiest_over_mean_of_packed_rows": uneven}
     )
 
 
@@ -94,16 +100,23 @@ def sent(config: Llama4Config, placement: Placement, chunk_size: int | None, *, 
     return int(count.count(hlo.parse(lowered.compile().as_text()), mesh.shape).wire_bytes)
 
 
-def work_of(placement: Placement, chunk_size: int | None, alone: bool) -> np.ndarray:
-    """Pairs of blocks that each device computes; for one document in the row, or packed ones that begin anywhere."""
+def work_of(placement: Placement, chunk_size: int | None, documents: int, seed: int) -> np.ndarray:
+    """Pairs of blocks that each device computes for a row of so many documents, which begin anywhere."""
     positions = np.arange(LENGTH.value)
-    starts = np.random.default_rng(SEED.value).choice(positions[1:], 0 if alone else 3, replace=False)
+    starts = np.random.default_rng(seed).choice(positions[1:], documents - 1, replace=False)
     segments = 1 + np.isin(positions, starts).cumsum()
     positions = positions - np.searchsorted(segments, segments)
     layout = Layout.of(placement, partitioning.make_mesh({"context": DEVICES.value}))
     blocking = Blocking(queries=BLOCK.value, keys=BLOCK.value, chunk_size=chunk_size)
     rows = [layout.place(tokens[None]) for tokens in (positions, segments)]
     return ring.work(*rows, DEVICES.value, blocking) if chunk_size is None else neighbours.work(*rows, layout, blocking)
+
+
+def unevenness(placement: Placement, documents: int) -> float:
+    """Work of the busiest device over the mean in the ring of a global layer, averaged over draws."""
+    draws = range(SEED.value, SEED.value + (DRAWS.value if documents > 1 else 1))
+    works = [work_of(placement, None, documents, seed) for seed in draws]
+    return float(np.mean([work.max() / work.mean() for work in works]))
 
 
 def show(rows) -> None:
@@ -116,6 +129,14 @@ def show(rows) -> None:
         balance = row["work_most"] / row["work_mean"]
         sizes = f"{row['forward']:13,} {row['training']:13,}"
         print(f"{layer:8} {order:11} {documents:10} {sizes} {share:10.1%} {balance:15.2f}")
+    print()
+
+
+def show_unevenness(uneven) -> None:
+    print("work of the busiest device over the mean, global layer, documents that begin anywhere")
+    print("documents in the row" + "".join(f"{count:7}" for count in PACKED))
+    for order, row in uneven.items():
+        print(f"{order:20}" + "".join(f"{value:7.2f}" for value in row.values()))
     print()
 
 
