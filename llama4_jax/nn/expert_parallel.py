@@ -1,8 +1,9 @@
 """The routed experts of a mesh: every token's row goes to the device that holds its expert, and its result comes back.
 
 No row is ever dropped, and no buffer is made for the worst case, in which one device receives everything. A device
-receives its rows in rounds of a fixed number of rows, a margin more than it gets under an even load; all devices know
-from the counts of rows how many rounds there will be, so that an even load takes one and any skew takes what it needs.
+receives its rows in rounds of a fixed number of rows, a part of what it gets under an even load; all devices know from
+the counts of rows how many rounds there will be, so that any skew takes what it needs, and costs no more than that and
+the last round's empty places.
 
 The received rows lie sorted by expert already, because the parts that travel are those of single experts.
 
@@ -32,8 +33,9 @@ from llama4_jax.nn import dispatch, spread
 from llama4_jax.nn.dispatch import Sorting
 from llama4_jax.nn.router import Routing
 
-# Rows of one round's buffer over the rows that a device gets under an even load, and the fewest rows worth a round.
-MARGIN, FEWEST = 1.25, 256
+# Rounds that an even load takes, and the fewest rows worth one. More rounds leave fewer places empty in the last, but each
+# reads the experts' weights again, and in the backward pass adds to their gradients.
+ROUNDS, FEWEST = 4, 1024
 
 (EXPERT,) = partitioning.TRAIN.table["experts"]
 (TENSOR,) = partitioning.TRAIN.table["mlp"]
@@ -95,22 +97,28 @@ def pull_back_experts(
 ) -> tuple[nnx.Module, jax.Array]:
     """Gradients of `apply_experts`'s first result: of this device's experts, and of its rows [m d]."""
 
+    # As matrices, which products read and make: sums of any other shape a TPU would lay out anew in every round.
+    matrices = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:2], -1), experts)
+
+    def apply(matrices, rows, sizes):
+        return jax.tree.map(lambda matrix, leaf: matrix.reshape(leaf.shape), matrices, experts)(rows, sizes)
+
     def step(number, carry):
         to_experts, to_rows = carry
         with jax.named_scope("exchange"):
             parts = schedule.parts(number)
             received, gradient = (_send(x, schedule.capacity, parts) for x in (rows, cotangent))
         with jax.named_scope("experts"):
-            _, pull = jax.vjp(lambda experts, rows: experts(rows, _group_sizes(parts)), experts, received)
+            _, pull = jax.vjp(partial(apply, sizes=_group_sizes(parts)), matrices, received)
             to_experts_now, to_received = pull(gradient)
         with jax.named_scope("exchange"):
             to_rows = _send_back(to_received, to_rows, parts)
         return jax.tree.map(lambda total, new: total + new.astype(total.dtype), to_experts, to_experts_now), to_rows
 
     # Rounds add up in float32 whatever the weights are.
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), experts)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), matrices)
     to_experts, to_rows = lax.fori_loop(0, schedule.rounds, step, (zeros, jnp.zeros_like(rows)))
-    return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), to_experts, experts), to_rows
+    return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype).reshape(leaf.shape), to_experts, experts), to_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +142,7 @@ class _Plan:
 
 def rows_in_a_round(rows: int, devices: int) -> int:
     """Rows of the buffer of one round, for `devices` that send `rows` each."""
-    return min(rows * devices, max(FEWEST, 8 * math.ceil(MARGIN * rows / 8)))
+    return min(rows * devices, max(FEWEST, 8 * math.ceil(rows / ROUNDS / 8)))
 
 
 def mixture(

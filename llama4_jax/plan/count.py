@@ -2,11 +2,12 @@
 
 `compiled.cost_analysis()` counts the body of a loop once. Here each body counts as often as it runs, which the loop's own
 condition says; a loop whose count depends on data (as that over the key blocks that a mask leaves) counts once and is
-named in `Counts.dynamic_loops`. Of a conditional the largest branch counts.
+named in `Counts.dynamic_loops`, or, where it exchanges rows in rounds, as often as their buffer fills at an even load. Of a
+conditional the largest branch counts.
 
 Bytes on the wire are those that one chip of n sends, in the usual ring: of an all-gather (n - 1) times its shard, of a
 reduce-scatter (n - 1) / n of what goes in, of an all-reduce both. A ragged exchange counts at an even load: (n - 1) / n of
-the smaller of its two buffers, the one that holds as many rows as there are; the larger is `Counts.ragged_buffer`.
+the smaller of its two buffers, a round's; the larger, of all rows, is `Counts.ragged_buffer`.
 """
 
 from __future__ import annotations
@@ -92,10 +93,9 @@ class Counts:
         return {key[1]: int(value) for key, value in sorted(self.totals.items()) if key[0] == "dynamic loop"}
 
 
-def count(program: Program, mesh: Mapping[str, int], *, fill: float = 1.0) -> Counts:
+def count(program: Program, mesh: Mapping[str, int]) -> Counts:
     """Counts of one run on one chip of a mesh, given by its axes' sizes in order.
 
-    fill: share of the rows of ragged products that belong to a group; the kernel skips the others.
     Raises ValueError for replica groups that do not fit the mesh.
     """
     done: dict[str, Counts] = {}
@@ -103,21 +103,22 @@ def count(program: Program, mesh: Mapping[str, int], *, fill: float = 1.0) -> Co
     def of(name: str) -> Counts:
         if name not in done:
             computation = program.computations[name]
-            parts = (_instruction(program, computation, each, mesh, fill, of) for each in computation)
+            parts = (_instruction(program, computation, each, mesh, of) for each in computation)
             done[name] = sum(parts, Counts(Counter()))
         return done[name]
 
     return of(program.entry)
 
 
-def _instruction(program: Program, computation: Computation, each: Instruction, mesh, fill: float, of) -> Counts:
+def _instruction(program: Program, computation: Computation, each: Instruction, mesh, of) -> Counts:
     totals = Counter()
     if each.opcode == "while":
         trips = loops.trip_count(program, computation, each)
         body = of(each.called("body")[0]) + of(each.called("condition")[0])
         if trips is None:
             totals["dynamic loop", each.scope or each.name] += 1
-        return Counts(totals) + body.times(1 if trips is None else trips)
+            trips = _even_rounds(program.computations[each.called("body")[0]])
+        return Counts(totals) + body.times(trips)
     if each.opcode == "conditional":
         branches = each.called("branch_computations", "true_computation", "false_computation")
         return max((of(name) for name in branches), key=lambda counts: (counts.matrix_flops, counts.hbm_bytes))
@@ -128,12 +129,23 @@ def _instruction(program: Program, computation: Computation, each: Instruction, 
         totals += Counter({key: value for key, value in inside.items() if key[0] != "hbm"})
     elif products.is_product(each):
         kind = "attention" if _ATTENTION.search(each.scope) else "rest"
-        totals["flops", kind] += products.flops(computation, each) * (fill if products.is_ragged(each) else 1)
+        totals["flops", kind] += products.flops(computation, each)
     kind = each.opcode.removesuffix("-start")
     if kind in _COLLECTIVES:
         totals += _sent(program, computation, each, kind, mesh)
     totals["hbm",] += traffic.hbm_bytes(program, computation, each)
     return Counts(totals)
+
+
+def _even_rounds(body: Computation) -> int:
+    """How often a loop exchanges rows if each device receives as many as it sends; 1 where it exchanges none."""
+    exchanges = (each for each in body if each.opcode.startswith("ragged-all-to-all"))
+    sizes = [
+        [operand.nbytes for operand in body.operands(each)[:2]]
+        for each in exchanges
+        if not each.opcode.endswith("-done")
+    ]
+    return max((-(-max(pair) // min(pair)) for pair in sizes), default=1)
 
 
 def _sent(program: Program, computation: Computation, each: Instruction, kind: str, mesh) -> Counter:

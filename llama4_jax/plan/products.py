@@ -19,7 +19,7 @@ def flops(computation: Computation, product: Instruction) -> float:
 
 def is_product(instruction: Instruction) -> bool:
     return instruction.opcode in ("dot", "convolution") or (
-        instruction.opcode == "custom-call" and re.match(r"ragged-dot-(?!metadata)", instruction.name) is not None
+        instruction.opcode == "custom-call" and re.match(r"ragged-dot-(?!metadata)|tgmm", instruction.name) is not None
     )
 
 
@@ -29,7 +29,7 @@ def is_ragged(instruction: Instruction) -> bool:
 
 
 def ragged_flops(computation: Computation, call: Instruction) -> float:
-    """Of the TPU compiler's own kernel: rows [m k] by matrices [e k n], or, summed over rows, [m k] by [m n]."""
+    """Of kernels over groups of rows: rows [m k] by matrices [e k n], or, summed over rows (`tgmm`), [m k] by [m n]."""
     left, _ = (operand.shape[0].sizes for operand in computation.operands(call) if len(operand.shape[0].sizes) > 1)
     out = call.shape[0].sizes
     return 2.0 * left[0] * math.prod(out[1:]) if len(out) == 3 else 2.0 * math.prod(out) * left[1]

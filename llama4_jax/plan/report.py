@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from llama4_jax.config import Attention, Llama4Config, layer_kinds
 from llama4_jax.config.train import REMAT
 from llama4_jax.model import accounting
-from llama4_jax.nn import expert_parallel
 from llama4_jax.plan import hlo
 from llama4_jax.plan.compiler import Answer
 from llama4_jax.plan.count import Counts, count
@@ -36,9 +35,7 @@ def memory(answer: Answer, arguments: dict[str, Any]) -> dict[str, float]:
 
 def counts(text: str, mesh: Mesh) -> Counts:
     """Of the scheduled program, at an even load of the experts."""
-    sizes = dict(mesh.shape)
-    fill = 1 / expert_parallel.MARGIN if sizes["expert"] > 1 else 1.0
-    return count(hlo.parse(text), sizes, fill=fill)
+    return count(hlo.parse(text), dict(mesh.shape))
 
 
 def work(found: Counts) -> dict[str, Any]:

@@ -131,9 +131,9 @@ def test_tokens_that_do_not_divide_the_mesh_are_filled_up(batch, time):
     check(found, results(alone, "two of eight", batch=batch, time=time))
 
 
-def test_a_round_has_room_for_an_even_load_and_not_for_the_worst():
-    assert expert_parallel.rows_in_a_round(16384, 16) == 20480
-    assert expert_parallel.rows_in_a_round(2, 4) == 8  # few rows: all in one round
+def test_whole_rounds_take_an_even_load_and_few_rows_go_in_one():
+    assert expert_parallel.rows_in_a_round(16384, 16) * expert_parallel.ROUNDS == 16384
+    assert expert_parallel.rows_in_a_round(2, 4) == 8
 
 
 def test_experts_that_devices_cannot_share_evenly_are_refused():

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from llama4_jax.core import partitioning
-from llama4_jax.kernels.grouped_matmul import blocked, ragged, reference
+from llama4_jax.kernels.grouped_matmul import blocked, megablox, ragged, reference
 
 IMPLEMENTATIONS = {
     "reference": reference.grouped_matmul,
     "blocked": blocked.grouped_matmul,
     "ragged": ragged.grouped_matmul,
+    "megablox": megablox.grouped_matmul,
 }
 
 _logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def grouped_matmul(
     """
     _check(lhs, rhs, group_sizes, transpose_rhs)
     if implementation is None:
-        implementation = choose(partitioning.platform())
+        implementation = choose(partitioning.platform(), rhs.shape[0])
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown; use None or one of {sorted(IMPLEMENTATIONS)}")
     if lhs.shape[0] == 0:
@@ -61,10 +62,12 @@ def grouped_matmul(
 
 
 @functools.cache
-def choose(platform: str) -> str:
-    """The implementation for a platform ("cpu", "gpu", "tpu"), logged once for each."""
-    implementation = "blocked" if platform == "cpu" else "ragged"
-    _logger.info("grouped_matmul on %s runs as %r", platform, implementation)
+def choose(platform: str, groups: int) -> str:
+    """The implementation for a platform ("cpu", "gpu", "tpu") and a number of groups, logged once for each."""
+    implementation = {"cpu": "blocked", "tpu": "megablox"}.get(platform, "ragged")
+    if platform == "tpu" and groups == 1:
+        implementation = "ragged"  # what a mask leaves of one group is all of it
+    _logger.info("grouped_matmul of %d groups on %s runs as %r", groups, platform, implementation)
     return implementation
 
 

@@ -1,0 +1,59 @@
+"""The grouped product compiles for real chips with the arithmetic of its rows alone; nothing runs here, and nothing is timed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax.numpy as jnp
+
+TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
+# Rows and inputs that fill no whole number of tiles.
+ROWS, GROUPS, INPUTS, OUTPUTS = 2000, 4, 2500, 4096
+
+
+def compiled(topology_name: str) -> dict:
+    """Facts of the compiled gradient; in a process that may start libtpu."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from llama4_jax.core import partitioning
+    from llama4_jax.kernels.grouped_matmul import grouped_matmul
+    from llama4_jax.plan import count, hlo, topology
+
+    mesh = partitioning.make_mesh({}, topology.devices(topology_name)[:1])
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def gradients(lhs, rhs, group_sizes, cotangent):
+        out, pull = jax.vjp(lambda lhs, rhs: grouped_matmul(lhs, rhs, group_sizes), lhs, rhs)
+        return out, pull(cotangent)
+
+    arrays = shape(ROWS, INPUTS), shape(GROUPS, INPUTS, OUTPUTS), shape(GROUPS, dtype=jnp.int32), shape(ROWS, OUTPUTS)
+    with jax.set_mesh(mesh):
+        text = jax.jit(gradients).lower(*arrays).compile().as_text()
+    return {
+        "kernels": sorted(re.findall(r"%(tgmm|ragged-dot-none)\S* = .* custom-call\(", text)),
+        "flops": count.count(hlo.parse(text), mesh.shape).matrix_flops,
+    }
+
+
+def test_products_compile_for_every_generation_and_none_multiplies_rows_with_other_groups(root):
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    environment.pop("XLA_FLAGS", None)
+    environment["PYTHONPATH"] = str(root)
+    ran = subprocess.run([sys.executable, __file__], cwd=root, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    facts = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    assert len(facts) == len(TOPOLOGIES)
+    for fact in facts:
+        assert fact["kernels"] == ["ragged-dot-none", "ragged-dot-none", "tgmm"]
+        product = 2 * INPUTS * OUTPUTS
+        assert 3 * ROWS * product <= fact["flops"] <= (2 * ROWS + 2048) * product  # of d rhs, whole tiles
+
+
+if __name__ == "__main__":
+    for name in TOPOLOGIES:
+        print(json.dumps(compiled(name)), flush=True)
