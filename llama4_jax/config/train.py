@@ -35,7 +35,7 @@ REMAT = {
     "block": (),
     "attention": ("attended",),  # the output of attention and its log-sum-exp
     "projections": ("query_key_value", "attended", "after_attention"),  # feed-forward layers alone are computed again
-    "shared": ("shared", "after_attention"),  # gate and up of dense layers and shared experts, and their input
+    "shared": ("shared",),  # gate and up of dense layers and shared experts
 }
 
 
