@@ -104,6 +104,7 @@ class Program:
 
 def parse(text: str) -> Program:
     """The program in `text`. Raises ValueError for a text that holds no entry computation, or a line it cannot read."""
+    text = re.sub(r"\{\n(\"[^\n]*)\n\}", r"{\1}", text)  # what a kernel says of itself stands on lines of its own
     computations, entry, name, lines = {}, None, None, {}
     for line in text.splitlines():
         if name is None:

@@ -140,3 +140,42 @@ def test_a_ragged_exchange_counts_the_rows_there_are_and_says_how_large_its_buff
     found = count.count(hlo.parse(_ragged_text(smaller_first)), SIZES)
     assert found.wire == {("ragged-all-to-all", "fsdp"): 8 * 32 * 4 * 3 / 4}
     assert found.ragged_buffer == 12 * 32 * 4
+
+
+_ROUNDS = """
+%condition (c: (s32[], f32[32,8])) -> pred[] {
+  %c = (s32[], f32[32,8]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%c), index=0
+  ROOT %more = pred[] compare(%n, %n), direction=LT
+}
+
+%body (b: (s32[], f32[32,8])) -> (s32[], f32[32,8]) {
+  %b = (s32[], f32[32,8]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%b), index=0
+  %rows = f32[32,8]{1,0} get-tuple-element(%b), index=1
+  %room = f32[10,8]{1,0} broadcast(%n)
+  %o = s32[4]{0} broadcast(%n)
+  %received = f32[10,8]{1,0} ragged-all-to-all(%rows, %room, %o, %o, %o, /*index=5*/%o), replica_groups=[2,4]<=[4,2]T(1,0)
+  ROOT %next = (s32[], f32[32,8]{1,0}) tuple(%n, %rows)
+}
+
+ENTRY %main (a: (s32[], f32[32,8])) -> (s32[], f32[32,8]) {
+  %a = (s32[], f32[32,8]{1,0}) parameter(0)
+  ROOT %r = (s32[], f32[32,8]{1,0}) while(%a), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_loop_of_exchanges_runs_as_often_as_rows_of_an_even_load_fill_its_buffer():
+    found = count.count(hlo.parse(_ROUNDS), SIZES)
+    assert found.wire == {("ragged-all-to-all", "fsdp"): 4 * 10 * 8 * 4 * 3 / 4}
+
+
+def test_an_instruction_that_stands_on_several_lines_is_one():
+    text = (
+        "ENTRY %main (a: f32[8]) -> f32[8] {\n  %a = f32[8]{0} parameter(0)\n  %k = f32[8]{0} custom-call(%a), "
+        'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n"block": "{2}"\n}}, '
+        'metadata={op_name="jit(f)/attend"}\n  ROOT %r = f32[8]{0} negate(%k)\n}'
+    )
+    main = hlo.parse(text).computations["main"]
+    assert main.root.name == "r" and main.instructions["k"].scope == "jit(f)/attend"
