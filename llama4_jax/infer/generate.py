@@ -19,10 +19,9 @@ from llama4_jax.infer.sampling import GREEDY, Sampler
 from llama4_jax.model import Cache, Llama4, fusion, lora
 from llama4_jax.nn.attention import DecoderAttention, FusedAttention
 from llama4_jax.nn.linear import Linear, TransposedLinear
-from llama4_jax.nn.moe import Experts, SeparateExperts
+from llama4_jax.nn.moe import Experts, TransposedExperts
 
 ROUND_TO = 32  # prompt and cache lengths are multiples of this
-MOST_SEPARATE = 256  # layers x experts whose weights `prepare` keeps apart; each is compiled by itself
 
 
 @struct.dataclass
@@ -44,15 +43,12 @@ class State:
 def prepare(model: Llama4) -> Llama4:
     """The same model with its weights laid out for decoding: `generate` does this on each call, so do it once.
 
-    Adapters are merged and layers stand alone. On one CPU the decoder's matrices are transposed, and each expert is an
-    array of its own too, in float32 (bfloat16 decodes faster from a stack) and as long as that leaves the compiled
-    program of a sane size. Costs a copy of the weights that it moves.
+    Adapters are merged and layers stand alone. On one CPU the decoder's matrices are transposed, which costs a copy of the
+    weights.
     """
-    model, text = lora.merge(model).unrolled(), model.config.text
+    model = lora.merge(model).unrolled()
     if partitioning.platform() != "cpu" or partitioning.mesh_in_use():
         return model
-    few = text.num_layers * text.moe.num_experts <= MOST_SEPARATE and model.embed.table.dtype == jnp.float32
-
     kinds = (DecoderAttention, Linear, Experts)
 
     def lay_out(path, node):
@@ -60,7 +56,7 @@ def prepare(model: Llama4) -> Llama4:
             return FusedAttention(node)
         if type(node) is Linear and not _in_vision(path):  # pictures are many rows
             return TransposedLinear(node)
-        return SeparateExperts(node) if type(node) is Experts and few else node
+        return TransposedExperts(node) if type(node) is Experts else node
 
     return jax.tree.map_with_path(lay_out, model, is_leaf=lambda node: type(node) in kinds)
 

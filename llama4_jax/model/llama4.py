@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from llama4_jax.config import Llama4Config
 from llama4_jax.core import partitioning
 from llama4_jax.core.partitioning import Placement
-from llama4_jax.kernels import transposed
+from llama4_jax.kernels import few_rows
 from llama4_jax.kernels.attention import Layout, layout
 from llama4_jax.model import fusion
 from llama4_jax.model.cache import Cache, init_cache
@@ -128,7 +128,7 @@ class Llama4(nnx.Module):
         if self.head is not None:
             return self.head(hidden, dtype=jnp.float32)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        return transposed.multiply(rows, self.embed.table[...]).reshape(*hidden.shape[:-1], -1)
+        return few_rows.multiply(rows, self.embed.table[...]).reshape(*hidden.shape[:-1], -1)
 
     def unembedding(self) -> jax.Array:
         """The output matrix, [d v], for a loss that multiplies with it piece by piece."""

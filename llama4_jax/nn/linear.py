@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from llama4_jax.core import parameter, partitioning
-from llama4_jax.kernels import transposed
+from llama4_jax.kernels import few_rows
 from llama4_jax.nn import spread
 
 
@@ -54,7 +54,7 @@ class Linear(nnx.Module):
 class TransposedLinear(nnx.Module):
     """One `Linear`, or several side by side along their first output axis, held as one matrix [outputs inputs].
 
-    For decoding on a CPU, see `kernels.transposed`.
+    For decoding on a CPU, see `kernels.few_rows`.
     """
 
     def __init__(self, *linears: Linear):
@@ -67,7 +67,7 @@ class TransposedLinear(nnx.Module):
 
     def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
         leading = x.shape[: x.ndim - len(self.inputs)]
-        y = transposed.multiply(x.reshape(-1, math.prod(self.inputs)), self.kernel[...])
+        y = few_rows.multiply(x.reshape(-1, math.prod(self.inputs)), self.kernel[...])
         y = y.reshape(*leading, *self.outputs)
         y = y if self.bias is None else y + self.bias[...]
         return y.astype(dtype or x.dtype)

@@ -6,8 +6,6 @@ Source: `Llama4TextMoe` in transformers.
 
 from __future__ import annotations
 
-from functools import partial
-
 import einops
 import jax
 import jax.numpy as jnp
@@ -15,8 +13,8 @@ from flax import nnx
 
 from llama4_jax.config import MoeConfig
 from llama4_jax.core import parameter, partitioning
-from llama4_jax.kernels import transposed
-from llama4_jax.kernels.grouped_matmul import grouped_matmul, map_groups
+from llama4_jax.kernels import few_rows
+from llama4_jax.kernels.grouped_matmul import grouped_matmul
 from llama4_jax.nn import dispatch, expert_parallel
 from llama4_jax.nn.mlp import Mlp, swiglu
 from llama4_jax.nn.router import Router
@@ -39,40 +37,17 @@ class Experts(nnx.Module):
         return grouped_matmul(hidden, self.down[...], group_sizes)
 
 
-class SeparateExperts(nnx.Module):
-    """`Experts` for decoding on a CPU: each matrix an array of its own, transposed (see `apart` and `transposed`).
-
-    Each expert adds its own products to the compiled program, so many rows, as in prefill, are multiplied with stacks.
-    """
-
-    FEW_ROWS = 16
+class TransposedExperts(nnx.Module):
+    """`Experts` for decoding on a CPU, each matrix transposed (see `kernels.few_rows`): [e 2f d] and [e d f]."""
 
     def __init__(self, experts: Experts):
-        gate_up = einops.rearrange(experts.gate_up[...], "e d two f -> e (two f) d")
-        down = einops.rearrange(experts.down[...], "e f d -> e d f")
-        self.gate_up = nnx.List([nnx.Param(matrix) for matrix in gate_up])
-        self.down = nnx.List([nnx.Param(matrix) for matrix in down])
+        self.gate_up = nnx.Param(einops.rearrange(experts.gate_up[...], "e d two f -> e (two f) d"))
+        self.down = nnx.Param(einops.rearrange(experts.down[...], "e f d -> e d f"))
 
     def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        gate_up, down = ([matrix[...] for matrix in matrices] for matrices in (self.gate_up, self.down))
-        if rows.shape[0] > self.FEW_ROWS:
-            product = partial(grouped_matmul, group_sizes=group_sizes, transpose_rhs=True)
-            return _expert_mlp(rows, jnp.stack(gate_up), jnp.stack(down), product)
-
-        def product(rows, matrix):
-            return transposed.multiply(rows, matrix).astype(rows.dtype)
-
-        experts = [
-            lambda rows, up=up, down=down: _expert_mlp(rows, up, down, product)
-            for up, down in zip(gate_up, down, strict=True)
-        ]
-        return map_groups(experts, rows, group_sizes)
-
-
-def _expert_mlp(rows, gate_up, down, product):
-    hidden = product(rows, gate_up)
-    hidden = swiglu(einops.rearrange(hidden, "m (two f) -> m two f", two=2))
-    return product(hidden, down)
+        hidden = few_rows.grouped(rows, self.gate_up[...], group_sizes)
+        hidden = swiglu(einops.rearrange(hidden, "m (two f) -> m two f", two=2))
+        return few_rows.grouped(hidden, self.down[...], group_sizes)
 
 
 class Moe(nnx.Module):

@@ -9,7 +9,7 @@ The gradients are the same walk over the groups: d lhs multiplies each block wit
 
 Why it looks as it does, on XLA's CPU backend:
 * A matrix sliced out of `[e k n]` is copied. It is sliced once a group, outside the loops over that group's blocks.
-  (Decoding, which feels even that, has its own way: `apart`.)
+  (Decoding, which feels even that, has its own way: `kernels.few_rows`.)
 * Slicing or updating a bfloat16 array converts *all of it* to float32, and the conversion is hoisted out of the loop.
   Tying the array to the loop's index keeps the conversion inside, where it melts into the slice; what is updated in
   a loop is carried as integers.

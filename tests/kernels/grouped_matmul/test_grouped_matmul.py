@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from llama4_jax.kernels import transposed
-from llama4_jax.kernels.grouped_matmul import api, blocked, grouped_matmul, map_groups, workloads
+from llama4_jax.kernels.grouped_matmul import api, blocked, grouped_matmul, workloads
 from llama4_jax.testing import budget
 
 STACKED = sorted(api.IMPLEMENTATIONS)
@@ -99,21 +98,6 @@ def test_transposed_matrices_give_what_the_matrices_give(implementation, name, d
     lhs, rhs, group_sizes, cotangent = arrays = workloads.SMALL[name].arrays(seed=3, dtype=dtype)
     got = computed(implementation, lhs, rhs.swapaxes(1, 2), group_sizes, cotangent, transpose_rhs=True)
     assert_close((*got[:2], got[2].swapaxes(1, 2)), expected(*arrays), *arrays)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [name for name, workload in workloads.SMALL.items() if 0 < workload.rows <= 100])
-def test_each_group_goes_through_its_own_function(name, dtype):
-    lhs, rhs, group_sizes, cotangent = arrays = workloads.SMALL[name].arrays(seed=6, dtype=dtype)
-
-    @jax.jit
-    def run(lhs, matrices, group_sizes):
-        functions = [lambda rows, w=w: transposed.multiply(rows, w).astype(dtype) for w in matrices]
-        return map_groups(functions, lhs, group_sizes)
-
-    got = run(lhs, [matrix.T for matrix in rhs], group_sizes)
-    zeros = jnp.zeros_like(lhs), jnp.zeros_like(rhs)
-    assert_close((got, *zeros), (expected(*arrays)[0], *zeros), *arrays)
 
 
 @pytest.mark.parametrize("implementation", STACKED)

@@ -1,0 +1,75 @@
+"""Builds `few_rows.cc` for the machine at hand, once, and calls it from compiled programs.
+
+The library is kept in ~/.cache/llama4_jax under a name made of its source, the version of JAX and the processor, so that
+a change of any of them builds it anew. It takes a C++17 compiler some seconds; without one, `api` uses XLA's products.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+
+SOURCE = pathlib.Path(__file__).with_name("few_rows.cc")
+HANDLERS = {jnp.dtype(dtype): f"few_rows_{dtype}" for dtype in ("float32", "bfloat16")}
+
+_COMPILERS = ("c++", "g++", "clang++")
+_OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
+
+_logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the library is there, built now if need be; says once why not."""
+    try:
+        library = ctypes.CDLL(str(build(pathlib.Path.home() / ".cache" / "llama4_jax")))
+    except (OSError, RuntimeError) as error:
+        _logger.warning("decoding on this CPU takes XLA's slower products: %s", error)
+        return False
+    for name in HANDLERS.values():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return True
+
+
+def build(folder: pathlib.Path) -> pathlib.Path:
+    """The shared library in `folder`, compiled unless it is there. Raises RuntimeError with the compiler's last words."""
+    path = folder / f"few_rows_{_identity()}.so"
+    if path.exists():
+        return path
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise RuntimeError(f"found no C++ compiler among {', '.join(_COMPILERS)}; install one, such as g++")
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    command = [compiler, *_OPTIONS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(unfinished)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
+    unfinished.replace(path)  # whole or not at all, whoever else builds it
+    return path
+
+
+def grouped(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """See `api.grouped`; float32 results."""
+    out = jax.ShapeDtypeStruct((rows.shape[0], matrices.shape[1]), jnp.float32)
+    call = jax.ffi.ffi_call(HANDLERS[matrices.dtype], out, vmap_method="sequential")
+    return call(rows.astype(jnp.float32), matrices, group_sizes.astype(jnp.int32))
+
+
+def _identity() -> str:
+    """Of all that decides what the compiler makes."""
+    processor = pathlib.Path("/proc/cpuinfo")
+    lines = processor.read_text().splitlines() if processor.exists() else [platform.processor()]
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
+    parts = (SOURCE.read_text(), jax.__version__, platform.machine(), flags, " ".join(_OPTIONS))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
