@@ -76,7 +76,9 @@ def sums(mesh: AbstractMesh, hidden, unembedding, targets, weights, chunk: Calla
         zero = jnp.zeros((), jnp.float32)
         start = (zero, zero, jnp.zeros(part.shape, jnp.float32))
         (total, nll, to_matrix), to_hidden = over_time(add, start, (hidden, targets, weights))
-        return *lax.psum((total, nll), _others(group)), to_hidden, _shard(to_matrix.astype(part.dtype), group)
+        # Scattered before anything else goes on: else its float32 sum is held all through the layers' backward pass.
+        to_hidden, shard = lax.optimization_barrier((to_hidden, _shard(to_matrix.astype(part.dtype), group)))
+        return *lax.psum((total, nll), _others(group)), to_hidden, shard
 
     whole = PartitionSpec()
     call = jax.shard_map(
