@@ -22,7 +22,7 @@ SENT = {
         "reduce-scatter fsdp": 453376,
     },
     "fsdp=2,expert=2,tensor=2": {
-        "all-gather expert": 1474688,
+        "all-gather expert": 1867904,
         "all-gather fsdp": 131584,
         "all-gather fsdp+expert": 58944,
         "all-reduce tensor": 2695456,
