@@ -139,13 +139,11 @@ def _instruction(program: Program, computation: Computation, each: Instruction, 
 
 def _even_rounds(body: Computation) -> int:
     """How often a loop exchanges rows if each device receives as many as it sends; 1 where it exchanges none."""
-    exchanges = (each for each in body if each.opcode.startswith("ragged-all-to-all"))
-    sizes = [
-        [operand.nbytes for operand in body.operands(each)[:2]]
-        for each in exchanges
-        if not each.opcode.endswith("-done")
-    ]
-    return max((-(-max(pair) // min(pair)) for pair in sizes), default=1)
+    first = next((each for each in body if each.opcode == "ragged-all-to-all"), None)  # out; results come back after
+    if first is None:
+        return 1
+    rows, buffer = (operand.nbytes for operand in body.operands(first)[:2])
+    return -(-rows // buffer)
 
 
 def _sent(program: Program, computation: Computation, each: Instruction, kind: str, mesh) -> Counter:

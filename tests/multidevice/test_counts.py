@@ -153,9 +153,9 @@ _ROUNDS = """
   %b = (s32[], f32[32,8]{1,0}) parameter(0)
   %n = s32[] get-tuple-element(%b), index=0
   %rows = f32[32,8]{1,0} get-tuple-element(%b), index=1
-  %room = f32[10,8]{1,0} broadcast(%n)
+  %room = f32[ROOM,8]{1,0} broadcast(%n)
   %o = s32[4]{0} broadcast(%n)
-  %received = f32[10,8]{1,0} ragged-all-to-all(%rows, %room, %o, %o, %o, /*index=5*/%o), replica_groups=[2,4]<=[4,2]T(1,0)
+  %received = f32[ROOM,8]{1,0} ragged-all-to-all(%rows, %room, %o, %o, %o, /*index=5*/%o), replica_groups=[2,4]<=[4,2]T(1,0)
   ROOT %next = (s32[], f32[32,8]{1,0}) tuple(%n, %rows)
 }
 
@@ -166,9 +166,10 @@ ENTRY %main (a: (s32[], f32[32,8])) -> (s32[], f32[32,8]) {
 """
 
 
-def test_a_loop_of_exchanges_runs_as_often_as_rows_of_an_even_load_fill_its_buffer():
-    found = count.count(hlo.parse(_ROUNDS), SIZES)
-    assert found.wire == {("ragged-all-to-all", "fsdp"): 4 * 10 * 8 * 4 * 3 / 4}
+@pytest.mark.parametrize("room, sent", [(10, 4 * 10), (64, 32)])
+def test_a_loop_of_exchanges_runs_as_often_as_rows_of_an_even_load_fill_its_buffer(room, sent):
+    found = count.count(hlo.parse(_ROUNDS.replace("ROOM", str(room))), SIZES)
+    assert found.wire == {("ragged-all-to-all", "fsdp"): sent * 8 * 4 * 3 / 4}
 
 
 def test_an_instruction_that_stands_on_several_lines_is_one():

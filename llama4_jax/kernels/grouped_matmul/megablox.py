@@ -18,12 +18,19 @@ from llama4_jax.core import partitioning
 from llama4_jax.kernels.grouped_matmul import ragged
 
 ROWS = (512, 256, 128)  # of a tile: the largest that divides the rows, which are filled up for the smallest
-WIDTH = 1024  # of a tile of the result: its float32 sum and all else fit the fast memory of every generation
+WIDTH = 2048  # bytes of a row of any tile: with the float32 sum they fit the fast memory of every generation
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(lhs, rhs, group_sizes, transpose_rhs=False):
-    """Grouped product for TPUs, in Pallas' interpreter on a CPU; see `api.grouped_matmul`."""
+    """Grouped product for TPUs, in Pallas' interpreter on a CPU; see `api.grouped_matmul`.
+
+    Raises NotImplementedError for dtypes that the kernel does not know.
+    """
+    if lhs.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(
+            f"megablox multiplies bfloat16 and float32, got {lhs.dtype}; cast to one of them, or use 'ragged'"
+        )
     return ragged.grouped_matmul(lhs, rhs, group_sizes, transpose_rhs)
 
 
@@ -51,7 +58,7 @@ def _outer_products(left, right, group_sizes):
     filling = -left.shape[0] % ROWS[-1]
     left, right = (jnp.pad(rows, ((0, filling), (0, 0))) for rows in (left, right))  # they belong to no group
     tile = next(rows for rows in ROWS if left.shape[0] % rows == 0)
-    tiling = tile, *(min(WIDTH, rows.shape[1]) for rows in (left, right))
+    tiling = tile, *(min(WIDTH // rows.dtype.itemsize, rows.shape[1]) for rows in (left, right))
     interpret = partitioning.platform() == "cpu"
     # Transposed there and back: what the kernel reads is `left` as it lies.
     return tgmm(left.T, right, group_sizes.astype(jnp.int32), left.dtype, tiling, interpret=interpret)

@@ -1,8 +1,8 @@
 """The grouped product by `jax.lax.ragged_dot`: what TPU and GPU compilers turn into a kernel of their own.
 
 Rows past the groups are 0 by that operation's definition. Its own rules of differentiation are used: d lhs is a ragged
-product with transposed matrices, d rhs one whose contracted dimension is the ragged one. On the CPU it costs
-groups-times the arithmetic and memory, in both directions.
+product with transposed matrices, d rhs one whose contracted dimension is the ragged one, of which TPUs make groups-times the
+arithmetic (see `megablox`). On the CPU it costs groups-times the arithmetic and memory, in both directions.
 """
 
 from __future__ import annotations

@@ -196,3 +196,10 @@ def test_wrong_arguments_are_named(change, message):
     arguments = {"lhs": jnp.ones((4, 5)), "rhs": jnp.ones((2, 5, 6)), "group_sizes": jnp.array([1, 3])} | change
     with pytest.raises(ValueError, match=message):
         grouped_matmul(**arguments)
+
+
+def test_a_dtype_that_the_kernel_does_not_know_is_refused_by_name():
+    with pytest.raises(NotImplementedError, match="got float16; cast"):
+        grouped_matmul(
+            jnp.ones((4, 5), "float16"), jnp.ones((2, 5, 6), "float16"), jnp.array([1, 3]), implementation="megablox"
+        )

@@ -6,14 +6,14 @@ import re
 import subprocess
 import sys
 
-import jax.numpy as jnp
-
-TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
+PROGRAMS = [(name, "bfloat16") for name in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")] + [
+    ("v5e:2x2", "float32")
+]
 # Rows and inputs that fill no whole number of tiles.
 ROWS, GROUPS, INPUTS, OUTPUTS = 2000, 4, 2500, 4096
 
 
-def compiled(topology_name: str) -> dict:
+def compiled(topology_name: str, dtype: str) -> dict:
     """Facts of the compiled gradient; in a process that may start libtpu."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
@@ -24,14 +24,14 @@ def compiled(topology_name: str) -> dict:
 
     mesh = partitioning.make_mesh({}, topology.devices(topology_name)[:1])
 
-    def shape(*sizes, dtype=jnp.bfloat16):
+    def shape(*sizes, dtype=dtype):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def gradients(lhs, rhs, group_sizes, cotangent):
         out, pull = jax.vjp(lambda lhs, rhs: grouped_matmul(lhs, rhs, group_sizes), lhs, rhs)
         return out, pull(cotangent)
 
-    arrays = shape(ROWS, INPUTS), shape(GROUPS, INPUTS, OUTPUTS), shape(GROUPS, dtype=jnp.int32), shape(ROWS, OUTPUTS)
+    arrays = shape(ROWS, INPUTS), shape(GROUPS, INPUTS, OUTPUTS), shape(GROUPS, dtype="int32"), shape(ROWS, OUTPUTS)
     with jax.set_mesh(mesh):
         text = jax.jit(gradients).lower(*arrays).compile().as_text()
     return {
@@ -47,7 +47,7 @@ def test_products_compile_for_every_generation_and_none_multiplies_rows_with_oth
     ran = subprocess.run([sys.executable, __file__], cwd=root, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-4000:]
     facts = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    assert len(facts) == len(TOPOLOGIES)
+    assert len(facts) == len(PROGRAMS)
     for fact in facts:
         assert fact["kernels"] == ["ragged-dot-none", "ragged-dot-none", "tgmm"]
         product = 2 * INPUTS * OUTPUTS
@@ -55,5 +55,5 @@ def test_products_compile_for_every_generation_and_none_multiplies_rows_with_oth
 
 
 if __name__ == "__main__":
-    for name in TOPOLOGIES:
-        print(json.dumps(compiled(name)), flush=True)
+    for program in PROGRAMS:
+        print(json.dumps(compiled(*program)), flush=True)
