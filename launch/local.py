@@ -4,13 +4,15 @@
 
 Each process finds the others by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Its output comes line by line
 behind its number. When one fails or is killed, the others, which would wait for it, are stopped, and the message names it.
-SIGTERM and SIGINT are passed on, so that all save and end. The status is that of the process that failed first, 128 + signal
+SIGTERM and SIGINT are passed on, so that all save and end; on Linux the processes get SIGTERM too when the launcher is
+killed. The status is that of the process that failed first, 128 + signal
 for one that was killed, and 0 when all succeeded. Run the same command again to resume.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -29,6 +31,7 @@ GRACE = flags.DEFINE_float("grace", 60.0, "seconds to save and end in after SIGT
 
 _PAUSE = 0.02  # seconds between looks at the processes
 _STOP_SECONDS = 5.0  # for processes that can do nothing useful any more
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _LOCK = threading.Lock()  # lines of several processes never mix
 
 
@@ -71,6 +74,7 @@ class Group:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,  # Ctrl-C in a terminal reaches the launcher alone, which passes it on once
+                preexec_fn=_end_with_launcher if sys.platform == "linux" else None,
             )
             for index in range(count)
         ]
@@ -146,6 +150,11 @@ class Group:
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end_with_launcher() -> None:
+    """Asks the kernel to send this process SIGTERM when its parent is gone, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _copy(stream: IO[bytes], sink: IO[bytes], prefix: bytes) -> None:

@@ -163,3 +163,26 @@ def test_a_signal_to_the_launcher_reaches_all_and_the_deaf_are_killed_after_the_
 def test_no_command_is_an_error_that_shows_one(root):
     ran = launch(root, 2)
     assert ran.returncode != 0 and "python -m experiments.pretrain_nano" in ran.stdout + ran.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
+def test_no_process_outlives_a_launcher_that_is_killed(root):
+    waits = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(120)"
+    line = [sys.executable, "-m", "launch.local", "--processes=2", "--", sys.executable, "-c", waits]
+    launcher = subprocess.Popen(line, cwd=root, stdout=subprocess.PIPE, text=True)
+    children = [int(launcher.stdout.readline().split()[-1]) for _ in range(2)]
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 10
+    while any(_alive(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [child for child in children if _alive(child)]
+    launcher.stdout.close()
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits to be collected does not."""
+    try:
+        return "\nState:\tZ" not in pathlib.Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
