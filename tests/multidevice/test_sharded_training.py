@@ -1,13 +1,16 @@
 """A training run on a mesh: the numbers of one device, in a checkpoint that resumes on any other mesh."""
 
+import dataclasses
 import functools
 import os
 import signal
 
 import jax
 import numpy as np
+import optax
 import pytest
 from bigram import Bigram
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny_run import CountingLoader
 
 from llama4_jax.config import presets
@@ -77,6 +80,16 @@ def test_no_step_after_the_first_compiles_anything(tmp_path):
     run(tmp_path, {"fsdp": 8}, save_every=100)
     compiling = [line["goodput/compile"] * line["wall_seconds"] for line in metrics.read(tmp_path / "metrics.jsonl")]
     assert compiling[0] > 0 and np.ptp(compiling) < 1e-9
+
+
+def test_a_step_that_would_move_its_state_leaves_it_in_place_and_metrics_on_every_device():
+    mesh = partitioning.make_mesh({"fsdp": 8})
+    rows, columns = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("fsdp",), (None, "fsdp")))
+    state = create({"weight": jax.device_put(np.zeros((8, 8), np.float32), rows)}, optax.identity())
+    state, batch = shards.place_state(state, mesh), {"new": jax.device_put(np.ones((8, 8), np.float32), columns)}
+    move = jax.jit(lambda state, batch: (dataclasses.replace(state, params={"weight": 2 * batch["new"]}), batch))
+    after, measured = shards.keep_places(move, state, mesh)(state, batch)
+    assert after.params["weight"].sharding == rows and measured["new"].sharding.is_fully_replicated
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
