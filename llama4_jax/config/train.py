@@ -48,6 +48,7 @@ class TrainConfig:
     accumulation: int = 1  # loader batches whose gradients make one step
     compute_dtype: str = "float32"  # "float32" or "bfloat16"; master weights and router stay float32
     remat: str = "none"  # what the backward pass finds, besides each block's input: see REMAT
+    kept_in: str = "device"  # where it finds that and the inputs; "host": in the memory of the accelerator's host
     z_loss: float = 0.0  # weight of logsumexp(logits)^2, which keeps logits from drifting
     balance_loss: float = 0.0  # weight of the experts' balance loss
     router_z_loss: float = 0.0  # weight of the router's own z-loss
@@ -62,6 +63,9 @@ class TrainConfig:
     def __post_init__(self):
         _member(self, "compute_dtype", ("float32", "bfloat16"))
         _member(self, "remat", tuple(REMAT))
+        _member(self, "kept_in", ("device", "host"))
+        if self.remat == "none" and self.kept_in == "host":
+            raise ValueError("kept_in='host' wants a policy that says what is kept; remat='none' has none, use another")
         _member(self, "on_nan", ("stop", "rollback"))
         _positive(self, "steps", "accumulation", "logits_limit", "log_every", "save_every", "keep")
         _not_negative(self, "z_loss", "balance_loss", "router_z_loss", "bias_rate")

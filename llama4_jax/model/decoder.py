@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llama4_jax.config import TextConfig, layer_kinds
 from llama4_jax.core import parameter
@@ -18,6 +19,8 @@ from llama4_jax.model.cache import Cache
 from llama4_jax.nn import spread
 from llama4_jax.nn.attention import Context
 from llama4_jax.nn.block import Block
+
+BLOCK_INPUT = "block_input"  # what a policy that keeps the input of each layer elsewhere calls it
 
 
 class Decoder(nnx.Module):
@@ -48,8 +51,10 @@ class Decoder(nnx.Module):
         cached_tail = cache.tail if cache else (None,) * len(self.tail)
 
         def run(x, block, cache):
+            if cache is not None:
+                return block(x, context, cache)
             # Without a cache it is training: weights lie in shards that are gathered for the layer and forgotten.
-            return (spread.marked(block) if cache is None else block)(x, context, cache)
+            return spread.marked(block)(checkpoint_name(x, BLOCK_INPUT), context)
 
         # A loop's body cannot be merged with its recomputation; a plain layer would be, and is kept from it.
         scan_run, run = (_rematerialised(run, remat, prevent_cse) for prevent_cse in (False, True))

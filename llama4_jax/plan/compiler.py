@@ -37,6 +37,7 @@ class Answer:
     host_gib: float  # most memory that the process had held by then
     over: float = 0.0  # GiB more than the device has
     peak: int = 0  # held at most at once
+    on_host: int = 0  # kept in the memory of the device's host meanwhile
     temporaries: int = 0  # what is neither argument nor result
     in_place: int = 0  # results that are written where arguments lay
     schedule_seconds: float = 0.0  # loop bodies counted once
@@ -88,8 +89,10 @@ def _compile(lowered: jax.stages.Lowered) -> Answer:
     return Answer(
         compile_seconds=time.perf_counter() - start,
         host_gib=_host_gib(),
-        # Not arguments and temporaries added up: those are more than are ever held at once.
-        peak=memory.peak_memory_in_bytes,
+        # Not arguments and temporaries added up: those are more than are ever held at once. What the layers keep on the host
+        # is counted in while they run, where more is held than before and after.
+        peak=memory.peak_memory_in_bytes - memory.host_temp_size_in_bytes,
+        on_host=memory.host_temp_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         in_place=memory.alias_size_in_bytes,
         schedule_seconds=program.cost_analysis().get("optimal_seconds", float("nan")),

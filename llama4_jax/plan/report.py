@@ -30,6 +30,7 @@ def memory(answer: Answer, arguments: dict[str, Any]) -> dict[str, float]:
     """GiB a device: of each kind of argument, of what the program makes besides, and at most at once."""
     kinds = {name: sum(map(_shard_bytes, jax.tree.leaves(tree))) / GIB for name, tree in arguments.items()}
     made = {"temporaries": answer.temporaries, "written_in_place": answer.in_place, "peak": answer.peak}
+    made |= {"on_host": answer.on_host}
     return kinds | {name: size / GIB for name, size in made.items()}
 
 

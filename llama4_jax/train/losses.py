@@ -22,6 +22,7 @@ from einops import rearrange
 
 from llama4_jax.config.train import REMAT, TrainConfig
 from llama4_jax.core import partitioning
+from llama4_jax.model.decoder import BLOCK_INPUT
 from llama4_jax.train import spread_loss
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def next_token(model, batch: dict[str, jax.Array], rng: jax.Array, *, config: Tr
         images=batch.get("images"),
         positions=batch["positions"],
         segments=batch["segments"],
-        remat=rematerialisation(config.remat),
+        remat=rematerialisation(config.remat, config.kept_in),
     )
     weights = batch["loss_weights"].astype(jnp.float32)
     total, nll = cross_entropy(
@@ -86,10 +87,22 @@ def next_token(model, batch: dict[str, jax.Array], rng: jax.Array, *, config: Tr
     return Terms(total + weight * router_loss, weight, sums)
 
 
-def rematerialisation(name: str):
-    """What `Llama4.hidden` takes for a name in `config.train.REMAT`."""
+def rematerialisation(name: str, kept_in: str = "device"):
+    """What `Llama4.hidden` takes for a name in `config.train.REMAT`, and where that is kept: "device" or "host".
+
+    What is kept on the host includes the inputs of layers, which no policy computes again.
+    """
     kept = REMAT[name]
-    return None if kept is None else jax.checkpoint_policies.save_only_these_names(*kept)
+    if kept is None:
+        return None
+    if kept_in == "device":
+        return jax.checkpoint_policies.save_only_these_names(*kept)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[*kept, BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 def cross_entropy(

@@ -152,13 +152,23 @@ def test_each_policy_of_training_computes_fewer_products_again_than_the_one_befo
     assert counts["none"] < counts["shared"] < counts["block"]
 
 
+def test_what_the_host_keeps_of_a_layer_is_its_input_and_what_the_policy_names(model, tokens):
+    policy = losses.rematerialisation("projections", "host")
+    steps = str(jax.make_jaxpr(jax.grad(loss), static_argnums=2)(model, tokens[:1, :6], policy))
+    layers = 3  # two in the scanned period, and the one left over
+    kept = layers * len(("input", "query", "key", "value", "after_attention"))
+    assert steps.count("MemorySpace.Host") == kept and steps.count("MemorySpace.Device") == kept
+
+
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", [name for name in REMAT if name != "none"])
-def test_no_policy_changes_a_gradient(model, tokens, name):
+@pytest.mark.parametrize(
+    "name, kept_in", [*((name, "device") for name in REMAT if name != "none"), ("projections", "host")]
+)
+def test_no_policy_changes_a_gradient(model, tokens, name, kept_in):
     short = tokens[:1, :6]
     wanted, found = (
-        jax.jit(jax.grad(loss), static_argnums=2)(model, short, losses.rematerialisation(each))
-        for each in ("none", name)
+        jax.jit(jax.grad(loss), static_argnums=2)(model, short, losses.rematerialisation(*each))
+        for each in (("none",), (name, kept_in))
     )
     for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(leaf, other, rtol=0, atol=1e-4 * float(jnp.abs(other).max()) + 1e-7)
