@@ -15,6 +15,7 @@ from llama4_jax.kernels.attention import Layout, attend_sequence, neighbours
 from llama4_jax.kernels.attention.workloads import Workload
 from llama4_jax.plan import count, hlo
 from llama4_jax.testing import spread_attention, tiny
+from llama4_jax.train import losses
 
 pytestmark = pytest.mark.multidevice
 
@@ -52,8 +53,11 @@ def test_chunked_attention_over_devices_equals_the_reference(workload, devices, 
     spread_attention.check(attend, *spread_attention.inputs(workload, layout), chunk_size)
 
 
-def gradient(placement, sizes, length, chunk_size):
-    """The gradient of one attention layer over a mesh, compiled: one row, 2 key-value heads of 8."""
+def gradient(placement, sizes, length, chunk_size, remat=None):
+    """The gradient of one attention layer over a mesh, compiled: one row, 2 key-value heads of 8.
+
+    remat: a name in `config.train.REMAT`; without one nothing is computed again.
+    """
     mesh = partitioning.make_mesh(sizes, jax.devices()[: int(np.prod([*sizes.values()]))])
 
     def place(*shape):
@@ -62,6 +66,8 @@ def gradient(placement, sizes, length, chunk_size):
 
     def run(query, key, value, positions, segments):
         call = lambda *arrays: attend_sequence(*arrays, positions, segments, chunk_size)  # noqa: E731
+        if remat:
+            call = jax.checkpoint(call, policy=losses.rematerialisation(remat))
         return jax.grad(lambda *arrays: jnp.sum(call(*arrays) ** 2), argnums=(0, 1, 2))(query, key, value)
 
     query, key, token = place(1, length, 4, 8), place(1, length, 2, 8), place(1, length)
@@ -103,6 +109,12 @@ def test_an_unaligned_chunked_layer_sends_less_than_a_chunk():
     assert wire(ring, context=4) == {
         ("collective-permute", "context"): 16 * (3 * TOKEN + 3 * TAG + 8 * TOKEN + 4 * TAG)
     }
+
+
+def test_keys_go_round_once_more_unless_the_policy_keeps_what_was_attended():
+    ring = {remat: gradient(TRAIN, {"context": 4}, 64, None, remat) for remat in ("block", "attention", None)}
+    sent = {remat: wire(program, context=4)["collective-permute", "context"] for remat, program in ring.items()}
+    assert sent["attention"] == sent[None] and sent["block"] - sent[None] == 16 * 3 * (TOKEN + TAG)
 
 
 def test_memory_of_a_device_does_not_grow_with_the_length_of_the_whole():

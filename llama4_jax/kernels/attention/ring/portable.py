@@ -19,6 +19,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from llama4_jax.kernels.attention import blocks, blockwise
 from llama4_jax.kernels.attention.blocks import Blocking, Tokens
@@ -77,7 +78,8 @@ def _forward(blocking: Blocking, axis_name: str, query, key, value, queries: Tok
     carry = (nothing, (key, value, keys))
     seen, passing = lax.fori_loop(0, lax.axis_size(axis_name) - 1, hop, carry)
     out, log_sum = meet(seen, passing)
-    out = out.astype(query.dtype)
+    # Worth keeping where all else is recomputed: keys need not go round once more.
+    out, log_sum = (checkpoint_name(part, "attended") for part in (out.astype(query.dtype), log_sum))
     return out, (query, key, value, queries, keys, out, log_sum)
 
 
