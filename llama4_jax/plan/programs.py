@@ -18,7 +18,6 @@ from llama4_jax.config.train import TrainConfig
 from llama4_jax.core import names, partitioning
 from llama4_jax.core.partitioning import Placement
 from llama4_jax.model import Cache, Llama4
-from llama4_jax.model.cache import init_cache
 from llama4_jax.train import losses, optim, state, step
 
 CACHE_AXES = ("batch", "kv_heads", "time", "head_dim")  # of a layer's keys and values
@@ -57,9 +56,11 @@ def decode(config: Llama4Config, mesh: Mesh, *, batch: int, length: int, placeme
 
 
 def _forward(config: Llama4Config, mesh: Mesh, placement: Placement, *, batch: int, length: int, new: int):
-    # Layers stand alone, as in `infer.prepare`: a loop over layers would read the whole cache and write another.
-    structure, params = abstract_params(config, jnp.bfloat16, placement, mesh, scan=False)
-    cache = jax.eval_shape(lambda: _empty_cache(config, batch, length))
+    # In decoding layers stand alone, as in `infer.prepare`: a loop over them reads the whole cache and writes another. A
+    # prompt fills the cache but once, and its layers are compiled as one period, which takes minutes less.
+    scan = new > 1
+    structure, params = abstract_params(config, jnp.bfloat16, placement, mesh, scan=scan)
+    cache = jax.eval_shape(lambda: _empty_cache(config, batch, length, scan))
     cache = placed(cache, cache_shardings(cache, placement, mesh))
     tokens = jax.ShapeDtypeStruct(
         (batch, new), jnp.int32, sharding=partitioning.batch_sharding((batch, new), placement, mesh)
@@ -72,7 +73,9 @@ def _forward(config: Llama4Config, mesh: Mesh, placement: Placement, *, batch: i
 
     with partitioning.use(mesh, placement):
         caches = jax.tree.map(lambda leaf: leaf.sharding, cache)
-        lowered = jax.jit(run, donate_argnums=2, out_shardings=(None, caches)).lower(params, tokens, cache)
+        # A chip that serves holds the vision tower too, which text does not visit.
+        jitted = jax.jit(run, donate_argnums=2, out_shardings=(None, caches), keep_unused=True)
+        lowered = jitted.lower(params, tokens, cache)
     return Step(lowered, {"parameters": params, "cache": cache})
 
 
@@ -114,5 +117,5 @@ def cache_shardings(cache: Cache, placement: Placement, mesh: Mesh) -> Cache:
     return jax.tree.map(place, cache)
 
 
-def _empty_cache(config: Llama4Config, batch: int, length: int) -> Cache:
-    return init_cache(config.text, 0, batch, length, jnp.bfloat16)
+def _empty_cache(config: Llama4Config, batch: int, length: int, scan: bool) -> Cache:
+    return Llama4(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, scan=scan).init_cache(batch, length)
