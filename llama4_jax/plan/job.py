@@ -119,7 +119,8 @@ class Job:
 
     def attention_flops(self, choice: Choice) -> float:
         """Of the busiest device."""
-        passes = report.attention_passes(choice.remat) if self.mode == "train" else 1
+        rows = "shared rows" if choice.ways("time") > 1 else "whole rows"
+        passes = report.attention_passes(choice.remat, rows) if self.mode == "train" else 1
         tokens = self.tokens / self.size
         return report.attention_flops(self.config, self.length, tokens, passes, choice.imbalance)
 

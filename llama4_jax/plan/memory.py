@@ -215,6 +215,8 @@ def _training(text: TextConfig, settings: TrainConfig, tokens: int, number: int)
     if names is None:
         return entries + sum(saved) + max(backward, logits)
     kept = number * tokens * sum(_named(text, kind, names) for kind in kinds)
+    if settings.kept_in == "host":  # but for what the layer at work reads
+        entries, kept = entries / len(kinds), kept / len(kinds)
     return entries + kept + max(max(saved) + backward, logits)
 
 

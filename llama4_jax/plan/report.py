@@ -22,8 +22,9 @@ from llama4_jax.plan.count import Counts, count
 from llama4_jax.plan.topology import Device
 
 GIB = 2**30
-# A block of scores takes two products forward, and five backward: the scores again, and a gradient for each operand.
-BACKWARD_PASSES = 5 / 2
+# A block of scores takes two products forward. Backward a ring takes five, the scores again and four gradients; splash, which
+# has whole rows, makes gradients of queries and of keys one after the other, and scores and one gradient twice: seven.
+BACKWARD_PASSES = {"shared rows": 5 / 2, "whole rows": 7 / 2}
 
 
 def memory(answer: Answer, arguments: dict[str, Any]) -> dict[str, float]:
@@ -64,10 +65,13 @@ def attention_flops(config: Llama4Config, length: int, tokens: float, passes: fl
     return tokens * passes * 4.0 * text.attention.num_heads * text.attention.head_dim * seen
 
 
-def attention_passes(remat: str) -> float:
-    """Of a training step, in forward passes: forward, backward, and forward again where the policy keeps no result."""
+def attention_passes(remat: str, rows: str) -> float:
+    """Of a training step, in forward passes: forward, backward, and forward again where the policy keeps no result.
+
+    rows: "shared rows", which several devices hold parts of, or "whole rows".
+    """
     kept = REMAT[remat]
-    return 1 + BACKWARD_PASSES + (kept is not None and "attended" not in kept)
+    return 1 + BACKWARD_PASSES[rows] + (kept is not None and "attended" not in kept)
 
 
 def estimates(device: Device, found: Counts, attention: float, model_flops: float, tokens: float) -> dict[str, float]:

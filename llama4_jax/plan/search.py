@@ -93,7 +93,9 @@ def candidates(job: Job, asked: Choice) -> list[Choice]:
     """Every choice whose sizes divide, for the mode; what was asked among them where they do."""
     training = job.mode == "train"
     placements = (partitioning.TRAIN, partitioning.LONG) if training else (partitioning.SERVE,)
-    policies = [*REMAT] if training else [asked.remat]
+    # What is kept in the host's memory must have a name, and "none" names nothing.
+    policies = [name for name in REMAT if REMAT[name] is not None or job.training.kept_in == "device"]
+    policies = policies if training else [asked.remat]
     parts = [n for n in ACCUMULATIONS if job.batch % n == 0] if training else [asked.accumulation]
     arrays, found = _arrays(job), []
     meshes = _factors(job.size, _AXES["train" if training else "serve"])
