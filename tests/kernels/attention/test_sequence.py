@@ -1,5 +1,6 @@
 """A whole sequence to itself: its runs, its chunks as rows, and which kernel it is given to."""
 
+import collections
 import functools
 import logging
 
@@ -7,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 
+from llama4_jax.config.train import REMAT
 from llama4_jax.kernels.attention import chunks, cudnn, mask, runs, sequence, splash, triton, workloads
 from llama4_jax.kernels.attention.sequence import Rows
 
@@ -110,3 +113,19 @@ def test_what_padding_is_given_goes_nowhere(kernel):
     for got, quiet in zip(output_and_gradients(loud), output_and_gradients(arrays)):
         np.testing.assert_array_equal(got, quiet)
         assert np.asarray(got).any() and not np.asarray(got)[padded].any()
+
+
+@pytest.mark.parametrize("kernel", ["splash", "triton"])
+def test_rematerialisation_may_keep_the_output_and_its_log_sum_exp(kernel, capsys):
+    """By the name that the policy "attention" of config.train.REMAT has for them."""
+    attend = {"splash": splash.attend, "triton": triton.attend}[kernel]
+    workload = workloads.SMALL["packed"]
+    tokens = {k: jnp.asarray(v) for k, v in workload.tokens().items()}
+    call = functools.partial(attend, **tokens, chunk_size=workload.chunk_size, interpret=True)
+    kept = {}
+    for name in ("attention", "block"):
+        policy = jax.checkpoint_policies.save_only_these_names(*REMAT[name])
+        print_saved_residuals(jax.checkpoint(call, policy=policy), *workload.arrays().values())
+        kept[name] = collections.Counter(line.split()[0] for line in capsys.readouterr().out.splitlines())
+    more = {"splash": ["f32[2,4,128,8]", "f32[2,4,128]"], "triton": ["f32[2,64,4,16]", "f32[2,4,64]"]}[kernel]  # filled
+    assert kept["attention"] - kept["block"] == collections.Counter(more)

@@ -1,4 +1,4 @@
-"""Kernels for TPUs and GPUs are made for real chips at the sizes of Scout, ahead of time; nothing runs, nothing is timed."""
+"""Kernels for TPUs and GPUs are made for real chips with the heads of Scout, ahead of time; nothing runs, nothing is timed."""
 
 import json
 import os
@@ -6,34 +6,31 @@ import re
 import subprocess
 import sys
 
-TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-LENGTH, CHUNK = 16_384, 8192
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from llama4_jax.core import partitioning
+from llama4_jax.kernels import attention
+from llama4_jax.plan import topology
+
+LENGTH, CHUNK = 8192, 2048
+PROGRAMS = [("v5e:2x2", None), ("v5p:2x2x1", CHUNK), ("v6e:2x2", None), ("tpu7x:2x2x1", CHUNK)]
 HEADS, KV_HEADS, HEAD_DIM = 40, 8, 128
 
 
-def gradient(chunk_size):
-    """Of attention to itself, with what the policy of rematerialisation "attention" keeps."""
-    import jax
-    import jax.numpy as jnp
+def gradient(chunk_size: int | None):
+    """Of the sum of what attention of a sequence to itself gives."""
 
-    from llama4_jax.kernels import attention
-
-    def loss(query, key, value, positions, segments):
-        names = jax.checkpoint_policies.save_only_these_names("attended")
-        attend = jax.checkpoint(lambda *x: attention.attend_sequence(*x, chunk_size), policy=names)
-        return attend(query, key, value, positions, segments).astype(jnp.float32).sum()
+    def loss(*arrays):
+        return attention.attend_sequence(*arrays, chunk_size).astype(jnp.float32).sum()
 
     return jax.grad(loss, (0, 1, 2))
 
 
 def compiled(topology_name: str, chunk_size: int | None) -> dict:
     """Facts of the program, rows over one axis of a mesh and heads over another."""
-    import jax
-    import jax.numpy as jnp
-
-    from llama4_jax.core import partitioning
-    from llama4_jax.plan import topology
-
     mesh = partitioning.make_mesh({"fsdp": -1, "tensor": 2}, topology.devices(topology_name))
 
     def shape(dtype, axes, *sizes):
@@ -62,9 +59,8 @@ def test_splash_attention_compiles_for_every_generation_on_a_mesh(root):
     ran = subprocess.run([sys.executable, __file__], cwd=root, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-4000:]
     facts = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    assert len(facts) == 2 * len(TOPOLOGIES)
+    assert len(facts) == len(PROGRAMS)
     for fact in facts:
-        # One forward pass: what it gave is kept, not computed again.
         forward, *backward = (
             f"splash_mha_{name}" for name in ("fwd_segmented_residuals", "dkv_segmented", "dq_segmented")
         )
@@ -74,7 +70,18 @@ def test_splash_attention_compiles_for_every_generation_on_a_mesh(root):
         assert fact["temporaries"] < scores / 4  # bytes: far below one byte a score
 
 
+@pytest.mark.parametrize("gpu", ["NVIDIA H100", "NVIDIA B200"])
+def test_on_a_gpu_a_long_sequence_is_given_to_three_triton_kernels(gpu):
+    """As far as they are made without a compiler for GPUs; experiments/gpu_attention.py has one."""
+    device = AbstractDevice(device_kind=gpu, num_cores=None, platform="gpu")
+    query, key = (jax.ShapeDtypeStruct((1, LENGTH, heads, HEAD_DIM), jnp.bfloat16) for heads in (HEADS, KV_HEADS))
+    token = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=device)):
+        traced = jax.jit(gradient(CHUNK)).trace(query, key, key, token, token)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("custom_call @__gpu$xla.gpu.triton") == 3
+
+
 if __name__ == "__main__":
-    for name in TOPOLOGIES:
-        for size in (CHUNK, None):
-            print(json.dumps(compiled(name, size)), flush=True)
+    for each in PROGRAMS:
+        print(json.dumps(compiled(*each)), flush=True)
