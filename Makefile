@@ -45,6 +45,7 @@ lint: venv
 
 bench: venv parity-venv
 	$(RUN_PARITY) -m benchmarks.hf_side_by_side $(FLAGS)
+	$(RUN) -m benchmarks.few_rows
 	$(RUN) -m benchmarks.moe_cpu
 	$(RUN) -m benchmarks.compile_time
 	$(RUN) -m benchmarks.long_context
