@@ -9,7 +9,8 @@ Hardware:  2 CPU cores, 2 GB of memory; 20 seconds (Scout: one or two minutes). 
 Expected:  exactly: 25.0 % of a ring over all layers with aligned documents, 28.2 % with documents that begin anywhere (in
            zig-zag order, with two pieces a device, 31.4 %); work of the busiest device over the mean 1.00 in zig-zag
            order, 1.86 without. Scout over 64 devices: 25.0 to 27.0 %; work 1.00 and 1.98. Packed rows are uneven in either
-           order: with 2 to 16 documents anywhere 1.3 to 1.6 in zig-zag order, 1.6 to 2.0 without.
+           order: with 2 to 16 documents anywhere 1.3 to 1.6 in zig-zag order, 1.6 to 2.0 without; over 64 devices 1.5 to
+           2.2 and 2.2 to 2.9.
 
 Bytes are read from the compiled programs, loops counted as often as they run (`llama4_jax/plan`), for one row and float32
 keys; a device that takes part in every transfer sends so many. Work is pairs of query and key blocks that the mask leaves
