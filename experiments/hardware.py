@@ -23,6 +23,7 @@ from absl import app, flags
 from experiments import output
 from llama4_jax.config import Llama4Config, lora, presets
 from llama4_jax.config import apply as apply_overrides
+from llama4_jax.config.train import REMAT as POLICIES
 from llama4_jax.config.train import TrainConfig
 from llama4_jax.model import accounting
 from llama4_jax.plan import memory
@@ -38,7 +39,7 @@ GROUP = flags.DEFINE_integer("group", 128, "numbers that share a scale", lower_b
 CONTEXT = flags.DEFINE_integer("context", 262_144, "tokens of a row", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 1, "rows at once", lower_bound=1)
 PROMPT = flags.DEFINE_integer("prompt", 2048, "serve: tokens of a prompt that are read at once", lower_bound=1)
-REMAT = flags.DEFINE_enum("remat", "block", ["none", "block"], "training: layers computed again for the gradient")
+REMAT = flags.DEFINE_enum("remat", "block", sorted(POLICIES), "training: what the backward pass finds")
 RANK = flags.DEFINE_integer("rank", 16, "lora: rank of the adapters", lower_bound=1)
 TARGETS = flags.DEFINE_list("targets", "attention,shared", "lora: of attention, dense, shared and routed")
 USABLE = flags.DEFINE_float("usable", memory.USABLE, "share of a chip's memory to fill", 0.01, 1.0)

@@ -15,11 +15,13 @@ Expected:  docs/sharding.md and docs/scaling.md.
 `--set` changes the model, `--train` the training, as in pretrain_nano. `--search` compiles what is asked and the most
 promising other meshes, placements, policies of remat and microbatches, and ranks them. Attention is counted by formula:
 over the keys that the mask leaves in one document a row, since its loops depend on data.
+`--closed_form` gives the formulas that a search leaves layouts out by, and compiles nothing.
 Answers of the compiler are kept in --answers, so that no program is compiled twice; --fresh compiles it again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 
@@ -36,7 +38,7 @@ from llama4_jax.config import presets
 from llama4_jax.config.train import REMAT, TrainConfig
 from llama4_jax.core import partitioning
 from llama4_jax.model import accounting
-from llama4_jax.plan import search, topology
+from llama4_jax.plan import estimate, search, topology
 from llama4_jax.plan.compiler import Answers
 from llama4_jax.plan.job import MODES, PLACEMENTS, Choice, Job
 from llama4_jax.train import shards
@@ -54,6 +56,7 @@ TRAIN = flags.DEFINE_multi_string("train", [], "training override, as accumulati
 SEARCH = flags.DEFINE_boolean("search", False, "compile other layouts too, and rank them")
 SEARCH_LIMIT = flags.DEFINE_integer("search_limit", 4, "how many others", lower_bound=1)
 ANSWERS = flags.DEFINE_string("answers", ".cache/plans", "folder of the compiler's answers")
+CLOSED_FORM = flags.DEFINE_boolean("closed_form", False, "compile nothing: a rough answer, at once")
 FRESH = flags.DEFINE_boolean("fresh", False, "compile even what was compiled before")
 
 
@@ -126,26 +129,38 @@ def short(tried: search.Tried) -> dict:
     return row | {"seconds_step_estimate": times["seconds_step"]}
 
 
-def main(_) -> None:
-    output.quiet_libraries()
-    job, choice = asked()
+def tried(job: Job, choice: Choice) -> list[search.Tried]:
+    """What was asked, compiled, and others with --search."""
     answers = Answers(
         folder=pathlib.Path(ANSWERS.value), fresh=FRESH.value, flags=os.environ.get("LIBTPU_INIT_ARGS", "")
     )
     trials = search.search(job, choice, SEARCH_LIMIT.value if SEARCH.value else 0, answers)
-    if SEARCH.value:
-        trials = tqdm(trials, desc="compiling", total=SEARCH_LIMIT.value + 1, unit="layout")
-    found = list(trials)
+    return list(tqdm(trials, "compiling", SEARCH_LIMIT.value + 1, unit="layout", disable=not SEARCH.value))
+
+
+def rough(job: Job, choice: Choice) -> dict:
+    """A device's memory and seconds of a step by formula."""
+    found = dataclasses.asdict(estimate.of(job, choice))
+    return {"memory_gib": found.pop("memory")} | {f"seconds_{name}": value for name, value in found.items()}
+
+
+def main(_) -> None:
+    output.quiet_libraries()
+    job, choice = asked()
     parameters = accounting.parameters(job.config)
     results = {name: flag.value for name, flag in (("model", MODEL), ("mode", MODE), ("topology", TOPOLOGY))}
     mesh = choice.flags()[0].removeprefix("--mesh=")
     results |= {"batch": job.batch, "length": job.length, "mesh": mesh, "placement": choice.placement.name}
     results |= {"remat": choice.remat, "accumulation": choice.accumulation} if job.mode == "train" else {}
     results |= {"parameters": parameters.total, "active_parameters": parameters.active, "devices": job.size}
+    results |= {"closed_form": rough(job, choice)}
+    if CLOSED_FORM.value:
+        return output.finish(results)
+    found = tried(job, choice)
     results |= found[0].outcome | {"verdict": advice(job, choice, found)}
     if SEARCH.value:
         show(found)
-        results |= {"search": {str(rank): short(tried) for rank, tried in enumerate(search.ranked(found), 1)}}
+        results |= {"search": {str(rank): short(each) for rank, each in enumerate(search.ranked(found), 1)}}
     output.finish(results)
 
 
