@@ -59,7 +59,9 @@ def attend_sequence(
     spec(("batch", "time", "kv_heads", "head_dim"), key.shape)  # keys are cut as queries are, and there are fewer heads
     queries, layout = spec(("batch", "time", "heads", "head_dim"), query.shape), Layout.of(placement, mesh)
     layout.check(query.shape[1])
-    if layout.devices == 1:
+    piece = query.shape[1] // layout.pieces
+    if layout.devices == 1 or (chunk_size is not None and not layout.exchanges(piece, chunk_size)):
+        # Nothing to send: what a device holds is whole rows, or whole chunks of them in the order of the row.
         spread_over = spread.over_mesh(partial(attend_whole, rows=rows), mesh, queries)
     elif chunk_size is None:
         spread_over = ring.over_mesh(mesh, queries, implementation=placement.ring)

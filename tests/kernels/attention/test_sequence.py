@@ -37,6 +37,16 @@ def test_runs_and_places_say_what_the_mask_says(name):
     np.testing.assert_array_equal(seen, mask.visible(*tokens.values(), workload.chunk_size))
 
 
+def test_an_early_and_a_late_piece_of_whole_chunks_are_a_sequence_too():
+    """What a device holds in zig-zag order; one document, and padding at the end of the late piece."""
+    positions = jnp.array([[*range(8), *range(24, 30), -1, -1]])
+    segments = jnp.where(positions >= 0, 1, 0)
+    numbers = runs.number(positions, segments, 4)[0]
+    place = np.arange(16)
+    seen = (numbers[:, None] == numbers) & (numbers != 0) & (place[:, None] >= place)
+    np.testing.assert_array_equal(seen, mask.visible(positions, positions, segments, segments, 4)[0])
+
+
 def test_a_row_cut_into_chunks_is_filled_with_padding_and_joined_again():
     def attend(query, key, value, *, segments, chunk_size):
         assert query.shape == (6, 4, 1, 1) and segments.shape == (6, 4) and chunk_size == 4
