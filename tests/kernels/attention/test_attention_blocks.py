@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from llama4_jax.kernels.attention import blocks, blockwise, mask, workloads
 from llama4_jax.kernels.attention.blocks import Blocking, Tokens
@@ -39,6 +40,14 @@ def test_documents_packed_in_a_row_do_not_visit_each_other():
     tokens = row([8192, 8192])
     assert count(tokens, tokens, 128, None) == 2 * (64 * 65 // 2)
     assert count(tokens, tokens, 128, 4096) == 4 * (32 * 33 // 2)
+
+
+@pytest.mark.parametrize("platform, size", [("cpu", 64), ("gpu", 512), ("tpu", 512)])
+def test_blocks_fit_a_cpu_s_cache_or_fill_an_accelerator_s_matrix_units(platform, size):
+    device = AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=device)):
+        assert blocks.choose(40, 8192, 8192, None) == Blocking(queries=size, keys=size, chunk_size=None)
+        assert blocks.choose(40, 8192, 8192, 32).queries == 32  # no larger than the chunk
 
 
 def test_padding_and_empty_slots_are_not_visited():
