@@ -89,15 +89,24 @@ def _compile(lowered: jax.stages.Lowered) -> Answer:
     return Answer(
         compile_seconds=time.perf_counter() - start,
         host_gib=_host_gib(),
-        # Not arguments and temporaries added up: those are more than are ever held at once. What the layers keep on the host
-        # is counted in while they run, where more is held than before and after.
-        peak=memory.peak_memory_in_bytes - memory.host_temp_size_in_bytes,
+        peak=_peak(memory),
         on_host=memory.host_temp_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         in_place=memory.alias_size_in_bytes,
         schedule_seconds=program.cost_analysis().get("optimal_seconds", float("nan")),
         text=program.as_text(),
     )
+
+
+def _peak(memory) -> int:
+    """Bytes of the device held at most at once; of a program that keeps some on its host a bound.
+
+    Arguments and temporaries added up are more than are ever held at once, but where the host keeps something, the stated
+    peak is of that and the arguments.
+    """
+    if memory.host_temp_size_in_bytes:
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return memory.peak_memory_in_bytes
 
 
 def _excess(message: str) -> float | None:
