@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llama4_jax.config import Attention, AttentionConfig, LayerKind
 from llama4_jax.kernels import attention as kernels
 from llama4_jax.nn import rope
-from llama4_jax.nn.linear import Linear, TransposedLinear
+from llama4_jax.nn.linear import Linear, TransposedLinear, together
 from llama4_jax.nn.norm import rms_normalize
 
 
@@ -106,7 +106,7 @@ class DecoderAttention(nnx.Module):
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [b t n h], keys and values [b t k h]."""
-        return self.query(x), self.key(x), self.value(x)
+        return tuple(together(x, self.query, self.key, self.value))
 
     def _attend(self, query, key, value, context: Context, cache: LayerCache | None):
         chunk_size = self.config.chunk_size if self.kind.attention is Attention.CHUNKED else None

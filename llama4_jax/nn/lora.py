@@ -120,8 +120,8 @@ class LoraLinear(Linear):
         self.num_inputs, self.kernel, self.bias = base.num_inputs, base.kernel, base.bias
         self.kernel_delta = delta
 
-    def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
-        y = super().__call__(x, jnp.float32) + self.kernel_delta(x)
+    def completed(self, y: jax.Array, x: jax.Array, dtype=None) -> jax.Array:
+        y = super().completed(y, x, jnp.float32) + self.kernel_delta(x)
         return y.astype(dtype or x.dtype)
 
 

@@ -10,7 +10,7 @@ Source: Zhao et al. 2023, "PyTorch FSDP"; widths over `tensor` as in Shoeybi et 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,56 +21,97 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from llama4_jax.core import partitioning
 from llama4_jax.core.partitioning import TRAIN
 
-# What splits the storage of weights alone, and what splits the widths that products run over.
-STORED = TRAIN.table["embed"]
+# Axes that only storage splits, of which products read the whole; what splits the others in TRAIN splits their products.
+STORED = ("embed", "vision_embed")
 
 
-def marked(module: nnx.Module) -> nnx.Module:
-    """`module` with its dense weights marked as spread, for tokens [b t d] that are; itself without a mesh."""
+def marked(module: nnx.Module, tokens: PartitionSpec | None = None) -> nnx.Module:
+    """`module` with its dense weights marked as spread, for inputs [b t d] that are; itself without a mesh.
+
+    tokens: how b and t are, which is also all that splits them; by default as the placement in use says.
+    """
     if partitioning.mesh_in_use() is None:
         return module
+    tokens = PartitionSpec(*partitioning.batch_axes()) if tokens is None else tokens
 
     def mark(parameter: nnx.Param) -> nnx.Param:
-        names = getattr(parameter, "axes", ())[-parameter.ndim :]  # inside a scan the axis of layers is gone
-        return nnx.Param(parameter[...], axes=names, spread="embed" in names)
+        names = getattr(parameter, "axes", ())
+        return nnx.Param(parameter[...], axes=names, tokens=tokens if any(name in STORED for name in names) else None)
 
     return jax.tree.map(mark, module, is_leaf=lambda node: isinstance(node, nnx.Param))
 
 
 def mesh_of(kernel: nnx.Param) -> AbstractMesh | None:
     """The mesh over which a kernel is marked as spread."""
-    return partitioning.mesh_in_use() if kernel.get_metadata().get("spread") else None
+    return None if kernel.get_metadata().get("tokens") is None else partitioning.mesh_in_use()
 
 
-def product(mesh: AbstractMesh, x: jax.Array, kernel: nnx.Param, num_inputs: int) -> jax.Array:
-    """`x` [b t inputs] by `kernel` [inputs outputs], [b t outputs] in x's dtype."""
-    batch, time = partitioning.batch_axes()
-    stored = partitioning.spec(kernel.axes, kernel.shape, TRAIN, mesh)
-    widths = [_widths(name) for name in kernel.axes]
-    inputs, outputs = widths[:num_inputs], widths[num_inputs:]
-    summed = tuple(axis for axes in inputs for axis in axes)
+def products(mesh: AbstractMesh, x: jax.Array, kernels: Sequence[nnx.Param], num_inputs: int) -> list[jax.Array]:
+    """`x` [b t inputs] by each kernel [inputs outputs], [b t outputs] in x's dtype.
+
+    Devices that share widths add up once: results where they share inputs; where they share outputs, the gradients in x of
+    all the products together.
+    """
+    tokens, widths = kernels[0].get_metadata()["tokens"], [_widths(kernel) for kernel in kernels]
+    inputs, split = widths[0][:num_inputs], _axes(*(each[num_inputs:] for each in widths))
+    stored, summed = [_stored(kernel, mesh) for kernel in kernels], _axes(inputs)
 
     # Matrix units add up in fp32 and round once; a CPU has to be told. Asked for fp32, the gradient's products are in it too.
     wide = jnp.float32 if partitioning.platform() == "cpu" else x.dtype
 
-    def local(x, weight):
-        weight = gather(weight, kernel.axes)
-        y = jnp.tensordot(x, weight, axes=num_inputs, preferred_element_type=wide).astype(x.dtype)
-        return lax.psum(y, summed) if summed else y
+    def local(x, *shards):
+        x = lax.pcast(x, split, to="varying")  # one copy for all: its gradients meet before they travel
 
-    specs = PartitionSpec(batch, time, *inputs), stored
+        def product(shard, spec, widths):
+            # Copied while it is a shard, so that what devices with other tokens add to its gradient are shards, too.
+            shard = lax.pcast(shard, tuple(axis for axis in _axes(tokens) if axis not in _axes(spec)), to="varying")
+            y = jnp.tensordot(x, _gathered(shard, spec, widths), axes=num_inputs, preferred_element_type=wide)
+            y = y.astype(x.dtype)
+            return lax.psum(y, summed) if summed else y
+
+        return [product(*each) for each in zip(shards, stored, widths)]
+
     call = jax.shard_map(
-        local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(batch, time, *outputs), check_vma=False
+        local,
+        mesh=mesh,
+        in_specs=(PartitionSpec(*tokens, *inputs), *(PartitionSpec(*spec) for spec in stored)),
+        out_specs=[result(kernel, num_inputs) for kernel in kernels],
     )
-    return call(x, kernel[...])
+    return call(x, *(kernel[...] for kernel in kernels))
 
 
-def gather(weight: jax.Array, names: Sequence[str]) -> jax.Array:
+def result(kernel: nnx.Param, num_inputs: int) -> PartitionSpec:
+    """How the product with a marked kernel is spread."""
+    return PartitionSpec(*kernel.get_metadata()["tokens"], *_widths(kernel)[num_inputs:])
+
+
+def _widths(kernel: nnx.Param) -> list[tuple[str, ...]]:
+    """The mesh axes that split each axis of a kernel in products."""
+    return [() if name in STORED else tuple(TRAIN.table.get(name, ())) for name in _names(kernel)]
+
+
+def _stored(kernel: nnx.Param, mesh: AbstractMesh) -> list[tuple[str, ...]]:
+    """Those that split each axis of its shards; the compiler gathers over what splits neither tokens nor products."""
+    spec = partitioning.spec(_names(kernel), kernel.shape, TRAIN, mesh)
+    known = _axes(kernel.get_metadata()["tokens"], _widths(kernel))
+    return [tuple(axis for axis in _axes([part]) if axis in known) for part in spec]
+
+
+def _gathered(shard: jax.Array, spec: Sequence[tuple[str, ...]], widths: Sequence[tuple[str, ...]]) -> jax.Array:
     """A device's shard of a weight made whole along what only storage splits; inside `jax.shard_map`."""
-    for dimension, name in enumerate(names):
-        if name == "embed":
-            weight = joined(weight, STORED, dimension)
-    return weight
+    for dimension, axes in enumerate(spec):
+        shard = joined(shard, [axis for axis in axes if axis not in widths[dimension]], dimension)
+    return shard
+
+
+def _names(kernel: nnx.Param) -> tuple[str, ...]:
+    return kernel.axes[-kernel.ndim :]  # inside a scan the axis of layers is gone
+
+
+def _axes(*specs: Iterable[str | tuple[str, ...] | None]) -> tuple[str, ...]:
+    """All mesh axes that are named in them, each once."""
+    parts = [(part,) if isinstance(part, str) else part or () for spec in specs for part in spec]
+    return tuple(dict.fromkeys(axis for part in parts for axis in part))
 
 
 # Both go over one mesh axis after another, with the pieces on a new leading axis and whatever is on either side of the
@@ -100,7 +141,3 @@ def parted(whole: jax.Array, axes: Sequence[str], dimension: int) -> jax.Array:
             part = lax.psum_scatter(jnp.moveaxis(pieces, 1, 0), axis, scatter_dimension=0)  # [before d/n after]
             whole = part.reshape(*before, -1, *after)
     return whole
-
-
-def _widths(name: str) -> tuple[str, ...]:
-    return () if name == "embed" else tuple(TRAIN.table.get(name, ()))

@@ -25,7 +25,7 @@ SENT = {
         "all-gather expert": 1867904,
         "all-gather fsdp": 131584,
         "all-gather fsdp+expert": 58944,
-        "all-reduce tensor": 2695456,
+        "all-reduce tensor": 1515808,
         "all-to-all fsdp+expert": 49152,
         "reduce-scatter expert": 32000,
         "reduce-scatter fsdp": 111104,
