@@ -11,8 +11,8 @@ from flax import nnx
 
 from llama4_jax.config import VisionConfig
 from llama4_jax.kernels import attention as kernels
-from llama4_jax.nn import rope
-from llama4_jax.nn.linear import Linear
+from llama4_jax.nn import rope, spread
+from llama4_jax.nn.linear import Linear, together
 from llama4_jax.nn.norm import LayerNorm
 
 
@@ -27,8 +27,15 @@ class VisionAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, angles: jax.Array) -> jax.Array:
         """x [tiles patches+1 d]; every position sees every other."""
-        query, key = rope.rotate(self.query(x), angles), rope.rotate(self.key(x), angles)
-        return self.output(kernels.attend_all(query, key, self.value(x)))
+        query, key, value = together(x, self.query, self.key, self.value)
+        return self.output(self._attend(rope.rotate(query, angles), rope.rotate(key, angles), value))
+
+    def _attend(self, *arrays: jax.Array) -> jax.Array:
+        mesh = spread.mesh_of(self.query.kernel)
+        if mesh is None:
+            return kernels.attend_all(*arrays)
+        heads = spread.result(self.query.kernel, num_inputs=1)
+        return jax.shard_map(kernels.attend_all, mesh=mesh, in_specs=(heads,) * 3, out_specs=heads)(*arrays)
 
 
 class VisionBlock(nnx.Module):
