@@ -24,7 +24,7 @@ from llama4_jax.kernels.attention import runs
 
 LANES = 128  # what a block of the kernel is a multiple of
 LARGEST = 512  # tokens of a block: its scores, 1 MiB of float32, and all else fit the fast memory of every generation
-LONGEST = 65_536  # tables of pairs of blocks are made on the host, and held in scalar memory: both grow with the square
+LONGEST = 32_768  # pairs of blocks are looked at one by one on the host, some seconds, and listed in scalar memory
 
 
 def attend(

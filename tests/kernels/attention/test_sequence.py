@@ -85,6 +85,7 @@ def test_choice_and_what_was_refused_are_logged_once(caplog):
     [
         (splash, (1, 8, 2, 8), (1, 9, 2, 8), "float32", "8 queries to 9 keys, only a sequence to itself"),
         (splash, (1, 8, 2, 8), (1, 8, 2, 8), "float16", "float16, only bfloat16 and float32"),
+        (splash, (1, 40_000, 1, 8), (1, 40_000, 1, 8), "float32", "length=40000, at most 32768 on a device"),
         (triton, (1, 8, 2, 512), (1, 8, 2, 512), "float32", "head_dim=512, at most 256"),
         (cudnn, (1, 8, 2, 12), (1, 8, 2, 12), "bfloat16", "head_dim=12, only multiples of 8 up to 128"),
         (cudnn, (1, 8, 2, 8), (1, 8, 2, 8), "float32", "float32, only bfloat16 and float16"),
