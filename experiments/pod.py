@@ -74,11 +74,6 @@ class Recipe:
     length: int  # tokens of a row
     train: TrainConfig
 
-    @property
-    def rows(self) -> int:
-        """Of one microbatch."""
-        return self.batch // self.train.accumulation
-
     def config(self) -> Llama4Config:
         """The model, as --set changes it."""
         return configs.apply(presets.PRESETS[self.model](), SET.value)
@@ -120,8 +115,10 @@ def plan(recipe: Recipe) -> dict:
 
 def train(recipe: Recipe) -> dict | None:
     """Trains, or resumes what lies in --output."""
-    data, tokenizer, placement = data_config(recipe), load_tokenizer(), PLACEMENTS[PLACEMENT.value]
+    (folders, weights), tokenizer, placement = data_folders(), load_tokenizer(), PLACEMENTS[PLACEMENT.value]
     mesh = device_mesh(recipe, placement, jax.devices())
+    shape = {"rows": recipe.batch // recipe.train.accumulation, "sequence_length": recipe.length}
+    data = PreparedConfig(folders=folders, weights=weights, seed=SEED.value, **shape)
     own = rows.own(data.rows, data.sequence_length, mesh, placement)
     logger.info("process %d makes %d of %d rows", jax.process_index(), len(own), data.rows)
     model = load(tokenizer, mesh, placement) if LOAD.value else fresh(recipe, tokenizer, mesh, placement)
@@ -139,18 +136,16 @@ def train(recipe: Recipe) -> dict | None:
     return results | {name: last[name] for name in ("loss", "tokens", "tokens_per_second", "seconds")}
 
 
-def data_config(recipe: Recipe) -> PreparedConfig:
-    """What --data names; raises ValueError for a folder that is none."""
+def data_folders() -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """What --data names, and the share of each; raises ValueError for a folder that is not prepared."""
     if not DATA.value:
         raise ValueError(
             "wanted --data=FOLDER, prepared by `python -m experiments.prepare_text --folder=FOLDER`; got none"
         )
-    pairs = [share(text) for text in DATA.value]
-    for folder, _ in pairs:
+    folders, weights = zip(*map(share, DATA.value))
+    for folder in folders:
         read.manifest(folder)
-    folders, weights = zip(*pairs)
-    shape = {"rows": recipe.rows, "sequence_length": recipe.length}
-    return PreparedConfig(folders=folders, weights=weights, seed=SEED.value, **shape)
+    return folders, weights
 
 
 def share(text: str) -> tuple[str, float]:

@@ -148,7 +148,7 @@ def test_recipes_are_planned_start_from_weights_and_say_what_would_work(root, ar
         f"{data} {vocabulary}": "sizes must multiply to 1, .*; --mesh=fsdp=1,expert=1 works",
         f"{data} {vocabulary} --mesh=fsdp=1 {model}": "the tokenizer has 400 tokens and the model rows for 128",
         f"{data} {vocabulary} --mesh=fsdp=1 --load={tmp_path}": "--load=.*: wanted a folder with one of config.json",
-        f"{data} {vocabulary} {small} --train=accumulation=3 --mesh=fsdp=1": "use a multiple of 3, as --batch=3",
+        f"{data} {vocabulary} {small} --train=accumulation=5 --mesh=fsdp=1": "use a multiple of 5, as --batch=5",
         f"{plan} --mesh=fsdp=3": "sizes must multiply to 4, .*--mesh=fsdp=1,expert=4 works",
         f"{plan} --mesh=fsdp=2,expert=2": "devices 4, flags --mesh=fsdp=2,expert=2 .*'parameters': .*fits True",
         f"{data} {more} {vocabulary} {shape} --mesh=fsdp=1 --load={released} --output={tmp_path}": f"steps {STEPS}, loss",
