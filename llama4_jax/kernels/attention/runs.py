@@ -19,13 +19,13 @@ def number(positions: jax.Array, segments: jax.Array, chunk_size: int | None) ->
         segments: [b t] int, the document of each token; 0 where there is no token.
         chunk_size: positions in a chunk, or None.
     """
-    starts = _differs(segments)
+    starts = differs(segments)
     if chunk_size is not None:
-        starts |= _differs(positions // chunk_size)
+        starts |= differs(positions // chunk_size)
     live = (segments != 0) & (positions >= 0)
     return jnp.where(live, 1 + jnp.cumsum(starts, axis=1, dtype=jnp.int32), 0)
 
 
-def _differs(tokens: jax.Array) -> jax.Array:
+def differs(tokens: jax.Array) -> jax.Array:
     """Where a token differs from the one before it; bool [b t]."""
     return jnp.pad(tokens[:, 1:] != tokens[:, :-1], ((0, 0), (1, 0)))

@@ -191,18 +191,14 @@ def _first_block(numbers: jax.Array, block: int) -> jax.Array:
     Numbers rise along the row, so the oldest run of a block is that of its first token, padding apart.
     """
     place = jnp.arange(numbers.shape[1], dtype=jnp.int32)
-    began = lax.cummax(jnp.where(_changes(numbers), place, 0), axis=1)
+    began = lax.cummax(jnp.where(runs.differs(numbers), place, 0), axis=1)
     return began.reshape(len(numbers), -1, block).min(-1) // block
 
 
 def _end_block(numbers: jax.Array, block: int) -> jax.Array:
     """The first block of queries that may see nothing of each block of keys, nor any after it; int32 [b blocks]."""
     length = numbers.shape[1]
-    ends = jnp.roll(_changes(numbers), -1, axis=1).at[:, -1].set(True)
+    ends = jnp.roll(runs.differs(numbers), -1, axis=1)
     place = jnp.arange(1, length + 1, dtype=jnp.int32)
     end = lax.cummin(jnp.where(ends, place, length), axis=1, reverse=True)
     return (end.reshape(len(numbers), -1, block).max(-1) + block - 1) // block
-
-
-def _changes(numbers: jax.Array) -> jax.Array:
-    return jnp.pad(numbers[:, 1:] != numbers[:, :-1], ((0, 0), (1, 0)), constant_values=True)
