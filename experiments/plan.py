@@ -102,6 +102,7 @@ def show(found: list[search.Tried]) -> None:
     print(f"\n{head}  {'GiB':>6}  {'expected':>8}  {'wire GiB':>8}  {'PFLOP':>7}  {'s, estimate':>11}  {'MFU':>5}")
     for tried in search.ranked(found):
         names = [flag.split("=", 1)[1] for flag in tried.choice.flags()]
+        names[2:] = names[2:] if MODE.value == "train" else "--"  # serving has neither
         row = f"{names[0]:<{mesh}}  {names[1]:<9}  {names[2]:<11}  {names[3]:>5}"
         print(f"{row}  {numbers(tried)}{'  <- asked' if tried is found[0] else ''}")
     print()

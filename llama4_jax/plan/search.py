@@ -47,30 +47,44 @@ def search(job: Job, asked: Choice, limit: int, answers: Answers) -> Iterator[Tr
     """
     found = [Tried(asked, estimate.of(job, asked), job.outcome(asked, answers))]
     yield found[0]
-    fastest = promising(job, found[0]) if limit else []
-    nearest = sorted(fastest, key=lambda choice: distance(asked, choice))
+    expected = estimates(job, asked) if limit else {}
     for number in range(limit):
         need_one = number < max(1, limit // 2) and not any(tried.fits for tried in found)
+        order = promising(job, found, expected)
+        if need_one:
+            order.sort(key=lambda choice: distance(asked, choice))
         done = {tried.choice for tried in found}
-        following = next((c for c in (nearest if need_one else fastest) if c not in done), None)
+        following = next((choice for choice in order if choice not in done), None)
         if following is None:
             return
         found.append(_try(job, following, answers))
         yield found[-1]
 
 
-def promising(job: Job, tried: Tried) -> list[Choice]:
-    """What should fit, the fastest first: the closed form, put right by the one choice whose memory is known."""
+def estimates(job: Job, asked: Choice) -> dict[Choice, estimate.Estimate]:
+    """The closed form of every candidate."""
+    return {choice: estimate.of(job, choice) for choice in candidates(job, asked)}
+
+
+def promising(job: Job, found: list[Tried], expected: dict[Choice, estimate.Estimate]) -> list[Choice]:
+    """What should fit, the fastest first: by the closed form, as far as it was wrong at most for what is compiled."""
     memory = topology.device(job.topology).memory
-    actual = memory + tried.outcome["over_gib"] if not tried.fits else tried.outcome["memory_gib"]["peak"]
-    expected = {choice: estimate.of(job, choice) for choice in candidates(job, tried.choice)}
-    room = memory * tried.expected.memory / actual
-    return sorted((c for c in expected if expected[c].memory <= room), key=lambda c: expected[c].seconds)
+    ratios = [_held(tried, memory) / tried.expected.memory for tried in found if "refused" not in tried.outcome]
+    return sorted(
+        (choice for choice, each in expected.items() if each.memory * max(ratios) <= memory),
+        key=lambda choice: expected[choice].seconds,
+    )
+
+
+def _held(tried: Tried, memory: float) -> float:
+    """GiB that a compiled choice needs."""
+    return tried.outcome["memory_gib"]["peak"] if tried.fits else memory + tried.outcome["over_gib"]
 
 
 def likely(job: Job, tried: Tried) -> Choice | None:
     """The nearest change that should fit, none of it compiled."""
-    return min(promising(job, tried), key=lambda choice: distance(tried.choice, choice), default=None)
+    choices = promising(job, [tried], estimates(job, tried.choice))
+    return min(choices, key=lambda choice: distance(tried.choice, choice), default=None)
 
 
 def ranked(found: list[Tried]) -> list[Tried]:

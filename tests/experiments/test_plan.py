@@ -29,18 +29,31 @@ def test_a_training_step_of_long_rows_is_compiled_counted_and_recalled_when_aske
     assert not found["recalled"] and again == found | {"recalled": True}
 
 
-def test_a_search_ranks_decoding_steps_whose_cache_is_written_in_place(script, tmp_path):
-    arguments = ("--mode=decode", "--mesh=data=2,expert=2", "--length=256", "--search", "--search_limit=1")
-    found, printed = plan(script, tmp_path, *arguments)
+def test_a_decoding_step_writes_its_cache_in_place(script, tmp_path):
+    found, _ = plan(script, tmp_path, "--mode=decode", "--mesh=data=2,expert=2", "--length=256")
     memory = found["memory_gib"]
     assert found["placement"] == "serve" and "optimizer" not in memory
     assert 0 < memory["cache"] <= memory["written_in_place"]
+    assert found["work_of_a_device"]["matrix_pflop"] > 0
+
+
+# 64 experts of 24 GiB together: whole they are too much for a chip of 16 GiB, and divided they fit.
+LARGE = ("text.num_layers=2", "text.embed_dim=128", "text.moe.num_experts=64", "text.moe.expert_dim=524288")
+
+
+def test_what_does_not_fit_is_told_a_change_that_was_compiled_and_does(script, tmp_path):
+    large = [part for value in LARGE for part in ("--set", value)]
+    arguments = ("--mode=decode", "--mesh=data=4", "--length=256", "--search", "--search_limit=1", *large)
+    found, printed = plan(script, tmp_path, *arguments)
+    assert found["fits"] is False and 8 < found["over_gib"]
     first, second = found["search"].values()
-    assert first["seconds_step_estimate"] <= second["seconds_step_estimate"]
-    assert first["flags"] != second["flags"] and found["work_of_a_device"]["matrix_pflop"] > 0
-    rows = printed[printed.index("\nmesh") :].strip().split("\n\n")[0].splitlines()
-    assert len(rows) == 3 and len({len(row.removesuffix("  <- asked")) for row in rows}) == 1
-    assert sum(row.endswith("<- asked") for row in rows) == 1
+    assert first["fits"] and first["peak_gib"] < 16 and second["over_gib"] == found["over_gib"]
+    change = first["flags"].split()[0]
+    over = f"does not fit by {found['over_gib']:.2f} GiB a device"
+    assert found["verdict"] == f"{over}; nearest change that does: {change} (compiled)"
+    rows = printed[printed.index("\nmesh  ") :].strip().split("\n\n")[0].splitlines()
+    assert len(rows) == 3 and rows[2].endswith("GiB too much  <- asked")
+    assert len(rows[0]) == len(rows[1])
 
 
 def test_an_unknown_topology_names_those_that_are_known(script, tmp_path):

@@ -71,13 +71,14 @@ def test_the_nearest_that_fits_changes_the_fewest_flags_and_the_fastest_ranks_fi
 
 def test_what_is_promising_should_fit_and_comes_fastest_first():
     need = estimate.of(SHALLOW, ASKED).memory
-    fits = search.promising(SHALLOW, tried(ASKED, peak=need))
-    seconds = [estimate.of(SHALLOW, choice).seconds for choice in fits]
+    expected = search.estimates(SHALLOW, ASKED)
+    fits = search.promising(SHALLOW, [tried(ASKED, peak=need)], expected)
+    seconds = [expected[choice].seconds for choice in fits]
     assert seconds == sorted(seconds) and ASKED in fits
-    # Where the one choice that is known needs ten times what the closed form says, less is left of the rest.
-    fewer = search.promising(SHALLOW, tried(ASKED, peak=10 * need))
+    # Where one of those that are known needs ten times what the closed form says, less is left of the rest.
+    fewer = search.promising(SHALLOW, [tried(ASKED, peak=10 * need), tried(ASKED, peak=need)], expected)
     assert ASKED in fewer and set(fewer) < set(fits)
-    assert all(10 * estimate.of(SHALLOW, choice).memory <= 95 for choice in fewer)
+    assert all(10 * expected[choice].memory <= 95 for choice in fewer)
 
 
 def test_advice_without_compiling_changes_one_flag_where_one_is_enough():
