@@ -8,6 +8,7 @@
 One pod a host, all of a slice or none; all see the file system of --claim at /data. A pod that dies takes its JobSet down,
 which starts again and resumes from the last checkpoint; a pod that is evicted gets SIGTERM, and the grace period to save in.
 --xpk=CLUSTER prints the command of xpk instead, which mounts what `xpk storage attach` was told of.
+What recipes need of a chip and a step's estimated time stand in experiments.pretrain_scout and experiments.pretrain_maverick.
 Source: the JobSet API (jobset.x-k8s.io/v1alpha2), "Run TPU workloads with Kueue and JobSet" (Google Cloud).
 """
 
