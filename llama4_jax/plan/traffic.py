@@ -13,6 +13,9 @@ _FREE = {
     *("replica-id", "opt-barrier", "domain", "while", "conditional", "call", "async-start", "async-update", "iota"),
 }
 
+# They write a part of their first operand where it lies; which operand holds the part.
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
+
 
 def hbm_bytes(program: Program, computation: Computation, each: Instruction) -> float:
     """Bytes of HBM that one instruction reads and writes; of what it slices, only the slice."""
@@ -26,8 +29,8 @@ def hbm_bytes(program: Program, computation: Computation, each: Instruction) -> 
         )
     if each.opcode in ("dynamic-slice", "gather"):
         return 2 * _in_hbm(each.shape)
-    if each.opcode in ("dynamic-update-slice", "scatter"):
-        return 2 * _in_hbm(operands[-1 if each.opcode == "scatter" else 1].shape)
+    if each.opcode in _IN_PLACE:
+        return 2 * _in_hbm(operands[_IN_PLACE[each.opcode]].shape)
     results = each.shape
     if each.opcode.endswith("-start"):  # (source, target, ...) but of a copy (target, source, ...)
         results = each.shape[:1] if each.opcode == "copy-start" else each.shape[len(operands) : 2 * len(operands)]
@@ -51,8 +54,8 @@ def _used(program: Program, inside: Computation, value: Instruction) -> float:
     for user in inside.users(value.name):
         if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == value.name:
             total += user.nbytes
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
-            total += 0  # written in place
+        elif user.opcode in _IN_PLACE and user.operands[0] == value.name:
+            total += 0
         elif user.opcode == "bitcast":
             total += _used(program, inside, user)
         elif user.opcode == "fusion":
@@ -74,8 +77,8 @@ def _written(program: Program, inside: Computation, root: Instruction, shape: tu
         return 0
     if root.opcode == "bitcast":
         return _written(program, inside, inside.operands(root)[0], shape)
-    if root.opcode == "dynamic-update-slice":
-        return inside.operands(root)[1].nbytes
+    if root.opcode in _IN_PLACE:
+        return inside.operands(root)[_IN_PLACE[root.opcode]].nbytes
     if root.opcode == "fusion":
         called = program.computations[root.called("calls")[0]]
         return _written(program, called, called.root, shape)

@@ -1,0 +1,36 @@
+"""Bytes of HBM of single instructions, on programs whose numbers are known by hand."""
+
+import pytest
+
+from llama4_jax.plan import count, hlo
+
+# A cache of 8 slots of 128 numbers, of which one is written: by a scatter or by a slice's update, alone and in a fusion.
+PROGRAM = """HloModule cache
+
+{before}
+ENTRY %main (cache: bf16[8,128], index: s32[1], new: bf16[1,128]) -> bf16[8,128] {{
+  %cache = bf16[8,128]{{1,0}} parameter(0)
+  %index = s32[1]{{0}} parameter(1)
+  %new = bf16[1,128]{{1,0}} parameter(2)
+  ROOT %written = bf16[8,128]{{1,0}} {root}
+}}
+"""
+FUSED = """%fused (a: bf16[8,128], b: s32[1], c: bf16[1,128]) -> bf16[8,128] {{
+  %a = bf16[8,128]{{1,0}} parameter(0)
+  %b = s32[1]{{0}} parameter(1)
+  %c = bf16[1,128]{{1,0}} parameter(2)
+  ROOT %inside = bf16[8,128]{{1,0}} {root}
+}}
+"""
+ALONE = {"scatter": "scatter(%cache, %index, %new)", "update": "dynamic-update-slice(%cache, %new, %index)"}
+INSIDE = {"scatter": "scatter(%a, %b, %c)", "update": "dynamic-update-slice(%a, %c, %b)"}
+SLOT = 128 * 2
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_one_slot_of_a_cache_is_written_in_place_and_the_rest_is_not_touched(kind):
+    alone = PROGRAM.format(before="", root=ALONE[kind])
+    call = "fusion(%cache, %index, %new), kind=kLoop, calls=%fused"
+    fused = PROGRAM.format(before=FUSED.format(root=INSIDE[kind]), root=call)
+    read_and_written = [count.count(hlo.parse(text), {"data": 1}).hbm_bytes for text in (alone, fused)]
+    assert read_and_written == [2 * SLOT, 2 * SLOT + 4]  # the fusion's four bytes are the index
