@@ -56,8 +56,9 @@ class Decoder(nnx.Module):
             # Without a cache it is training: weights lie in shards that are gathered for the layer and forgotten.
             return spread.marked(block)(checkpoint_name(x, BLOCK_INPUT), context)
 
-        # A loop's body cannot be merged with its recomputation; a plain layer would be, and is kept from it.
-        scan_run, run = (_rematerialised(run, remat, prevent_cse) for prevent_cse in (False, True))
+        # A plain layer would be merged with its recomputation, and is kept from it. So are layers that share a loop's body: there
+        # it also keeps the recomputation of one, and what it gathers, from being made before the gradient of the next is done.
+        scan_run, run = (_rematerialised(run, remat, prevent_cse) for prevent_cse in (len(self.period) > 1, True))
 
         def step(x, period):
             new_caches, statistics = [], []
