@@ -62,10 +62,21 @@ def _used(program: Program, inside: Computation, value: Instruction) -> float:
             called = program.computations[user.called("calls")[0]]
             numbers = [n for n, name in enumerate(user.operands) if name == value.name]
             parameters = (each for each in called if each.opcode == "parameter" and int(each.arguments) in numbers)
-            total += sum(_used(program, called, parameter) for parameter in parameters)
+            for parameter in parameters:
+                total += _used(program, called, parameter)
+                if _passed_on(called) is parameter:  # what is read of it is what its users read
+                    total += _used(program, inside, user)
         else:
             return value.nbytes
     return total
+
+
+def _passed_on(computation: Computation) -> Instruction:
+    """What a computation's result is another view of."""
+    value = computation.root
+    while value.opcode == "bitcast":
+        (value,) = computation.operands(value)
+    return value
 
 
 def _written(program: Program, inside: Computation, root: Instruction, shape: tuple[Array, ...]) -> float:

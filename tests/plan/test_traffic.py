@@ -34,3 +34,30 @@ def test_one_slot_of_a_cache_is_written_in_place_and_the_rest_is_not_touched(kin
     fused = PROGRAM.format(before=FUSED.format(root=INSIDE[kind]), root=call)
     read_and_written = [count.count(hlo.parse(text), {"data": 1}).hbm_bytes for text in (alone, fused)]
     assert read_and_written == [2 * SLOT, 2 * SLOT + 4]  # the fusion's four bytes are the index
+
+
+PASSED_ON = """HloModule product
+
+%inner (x: bf16[8,128]) -> bf16[128,8] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  ROOT %view = bf16[128,8]{0,1} bitcast(%x)
+}
+
+%outer (a: bf16[8,128], b: bf16[8,4]) -> bf16[128,4] {
+  %a = bf16[8,128]{1,0} parameter(0)
+  %b = bf16[8,4]{1,0} parameter(1)
+  %passed = bf16[128,8]{0,1} fusion(%a), kind=kLoop, calls=%inner
+  ROOT %dot = bf16[128,4]{1,0} dot(%passed, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (keys: bf16[8,128], queries: bf16[8,4]) -> bf16[128,4] {
+  %keys = bf16[8,128]{1,0} parameter(0)
+  %queries = bf16[8,4]{1,0} parameter(1)
+  ROOT %scores = bf16[128,4]{1,0} fusion(%keys, %queries), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_what_a_fusion_in_a_fusion_only_passes_on_is_read_where_it_is_used():
+    found = count.count(hlo.parse(PASSED_ON), {"data": 1}).hbm_bytes
+    assert found == 2 * (8 * 128 + 8 * 4 + 128 * 4)
