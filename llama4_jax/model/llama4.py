@@ -19,7 +19,7 @@ from llama4_jax.config import Llama4Config
 from llama4_jax.core import partitioning
 from llama4_jax.core.partitioning import Placement
 from llama4_jax.kernels import few_rows
-from llama4_jax.kernels.attention import Layout, layout
+from llama4_jax.kernels.attention import Layout, Rows, layout
 from llama4_jax.model import fusion, pictures
 from llama4_jax.model.cache import Cache, init_cache
 from llama4_jax.model.decoder import Decoder
@@ -113,6 +113,7 @@ class Llama4(nnx.Module):
 
     def context(self, shape, positions=None, segments=None, cache: Cache | None = None) -> Context:
         """Where each token of a call of shape (b, t) stands; see `__call__`."""
+        rows = Rows.PLAIN if positions is None and segments is None and cache is None else Rows.ANY
         segments = jnp.ones(shape, jnp.int32) if segments is None else jnp.asarray(segments, jnp.int32)
         layout.require_positions(positions, Layout.in_use())
         if positions is None:
@@ -121,7 +122,7 @@ class Llama4(nnx.Module):
                 positions = positions + cache.lengths[:, None]
         positions = jnp.where(segments != 0, jnp.asarray(positions, jnp.int32), -1)
         angles = rope.text_angles(self.config.text.attention, positions)
-        return Context(positions, segments, angles, cache.lengths if cache is not None else None)
+        return Context(positions, segments, angles, cache.lengths if cache is not None else None, rows)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits [.. v] float32 of hidden states [.. d]."""

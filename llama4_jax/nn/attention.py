@@ -28,12 +28,14 @@ class Context:
     segments:  [b t] int32, the document of each token; 0 where there is no token.
     angles:    [b t head_dim/2] float32, rotary angles of the positions.
     lengths:   [b] int32, tokens already cached in each row; None without a cache.
+    rows:      what is promised of all rows.
     """
 
     positions: jax.Array
     segments: jax.Array
     angles: jax.Array
     lengths: jax.Array | None = None
+    rows: kernels.Rows = struct.field(pytree_node=False, default=kernels.Rows.ANY)
 
 
 @struct.dataclass
@@ -111,7 +113,8 @@ class DecoderAttention(nnx.Module):
     def _attend(self, query, key, value, context: Context, cache: LayerCache | None):
         chunk_size = self.config.chunk_size if self.kind.attention is Attention.CHUNKED else None
         if cache is None:
-            return kernels.attend_sequence(query, key, value, context.positions, context.segments, chunk_size), None
+            tokens = context.positions, context.segments
+            return kernels.attend_sequence(query, key, value, *tokens, chunk_size, context.rows), None
         old, cache = cache, _write(cache, key, value, context)
         if chunk_size is None or key.shape[1] == 1:
             # All that the query may see is in the cache by now.
