@@ -1,13 +1,13 @@
 """Pretrain Llama 4 Scout, 109B parameters of which 17B are active, on prepared text: the recipe for 128 TPU v5p chips.
 
-Claim:     a step of 256 rows of 8,192 tokens, fp32 weights and AdamW state, bf16 compute, fits fsdp 8 x expert 16: 32.1 of a
+Claim:     a step of 256 rows of 8,192 tokens, fp32 weights and AdamW state, bf16 compute, fits fsdp 8 x expert 16: 29.7 of a
            chip's 95 GiB, 118 GiB on the wire. Baseline: docs/sharding.md.
 Command:   python -m experiments.prepare_text --folder=/data/text --tokenizer=tokenizer.model --builtin= --source=...
            python -m experiments.pretrain_scout --cluster --data=/data/text --tokenizer=tokenizer.model --output=/data/scout
            python -m experiments.pretrain_scout --plan_only          (compiles this very step; no TPU is needed)
 Hardware:  `python -m launch.gke --slice=v5p:4x4x8 ...`; --plan_only a CPU, 5 GiB of memory and the package libtpu.
-Wall time: --plan_only 4 minutes. Estimates, not measured: 4.9 s a step at the least, by products alone; 425,000 tokens/s, so
-           that 50,000 steps, 105 billion tokens, take 68 hours.
+Wall time: --plan_only 6 minutes. Estimates, not measured: 5.0 s a step at the least, by products alone; 416,000 tokens/s, so
+           that 50,000 steps, 105 billion tokens, take 70 hours.
 Expected:  it has run at toy size on CPUs alone (tests/experiments/test_pretrain_pod.py), never on TPUs; nothing was tuned.
 
 Killed, the same command goes on, with the same batches on any mesh and any number of processes. Several --data=FOLDER:SHARE are
