@@ -101,7 +101,7 @@ class Llama4(nnx.Module):
         with jax.named_scope("embed"):
             x = self.embed(tokens)
         if images is not None:
-            x = self._fuse(x, tokens, images, cache)
+            x = self._fuse(x, tokens, images, cache, remat=bool(remat))
         context = self.context(tokens.shape, positions, segments, cache)
         # Rows of one document begin at its position 0, so that its chunks begin at multiples of their size.
         with partitioning.promised(aligned=positions is None and segments is None):
@@ -155,16 +155,16 @@ class Llama4(nnx.Module):
             raise ValueError(f"an unrolled model has no place for {extra[0]}; merge adapters first (model.lora.merge)")
         return jax.tree.map_with_path(lambda path, _: leaves[_path(path)], plain)
 
-    def _fuse(self, x: jax.Array, tokens: jax.Array, images: jax.Array, cache: Cache | None = None) -> jax.Array:
+    def _fuse(self, x: jax.Array, tokens: jax.Array, images: jax.Array, cache: Cache | None, remat: bool) -> jax.Array:
         if self.vision is None:
             raise ValueError(f"got images {images.shape}, but this model has no vision tower (config.vision is None)")
         placeholders = tokens == self.config.patch_token
         mesh = partitioning.mesh_in_use()
         if mesh is None or cache is not None:
             with jax.named_scope("fuse"):
-                return fusion.fuse(x, self.vision(images), placeholders, Layout.in_use())
+                return fusion.fuse(x, self.vision(images, remat), placeholders, Layout.in_use())
         # Without a cache it is training, as in the decoder: pictures are dealt out, and weights lie in shards.
-        features = spread.marked(self.vision, pictures.DEALT)(pictures.deal(mesh, images))
+        features = spread.marked(self.vision, pictures.DEALT)(pictures.deal(mesh, images), remat)
         with jax.named_scope("fuse"):
             return pictures.deliver(mesh, x, features, placeholders, images.shape[0])
 

@@ -47,21 +47,29 @@ class VisionTower(nnx.Module):
         self.adapter = Adapter(config, **options)
         self.projector = Linear((config.output_dim,), (text_dim,), ("mlp", "embed"), **options)
 
-    def encode(self, images: jax.Array) -> jax.Array:
+    def encode(self, images: jax.Array, remat: bool = False) -> jax.Array:
         """images [n h w c] in [-1, 1] to patch features [n p d], after the last norm and without the class token."""
         dtype = self.patch.kernel.dtype
         patches = self.patch(patchify(images.astype(dtype), self.config.patch_size))  # [n p d]
         class_token = jnp.broadcast_to(self.class_embedding[...], (patches.shape[0], 1, patches.shape[2]))
         x = jnp.concatenate([patches, class_token], axis=1) + self.position_embedding[...]
         angles = rope.image_angles(self.config)[None]  # [1 p+1 h/2]
-        x, _ = jax.lax.scan(lambda x, block: (block(x, angles), None), self.norm_pre(x), self.blocks)
+
+        def layer(x, block):
+            return block(x, angles), None
+
+        # A loop's body cannot be merged with its recomputation.
+        x, _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False) if remat else layer, self.norm_pre(x), self.blocks)
         return self.norm_post(x)[:, :-1]
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """images [n h w c] to features [n tokens_per_tile text_dim]."""
+    def __call__(self, images: jax.Array, remat: bool = False) -> jax.Array:
+        """images [n h w c] to features [n tokens_per_tile text_dim].
+
+        remat: keep each layer's input for the backward pass, and compute the rest of the layer again there.
+        """
         self._check(images)
         with jax.named_scope("vision"):
-            shuffled = pixel_shuffle(self.encode(images), self.config.grid, self.config.shuffle)
+            shuffled = pixel_shuffle(self.encode(images, remat), self.config.grid, self.config.shuffle)
             return self.projector(self.adapter(shuffled))
 
     def _check(self, images: jax.Array) -> None:

@@ -91,3 +91,19 @@ def test_the_model_checks_the_number_of_placeholders(model):
 def test_a_text_model_refuses_images():
     with pytest.raises(ValueError, match="no vision tower"):
         tiny.model(tiny.text_config(num_layers=2))(jnp.ones((1, 4), int), jnp.zeros((1, 16, 16, 3)))
+
+
+def test_a_vision_tower_that_computes_layers_again_holds_less_and_has_the_same_gradient():
+    tower = tiny.model(tiny.vision_config()).vision
+    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (6, 16, 16, 3)), jnp.float32)
+
+    def gradient(remat):
+        def total(tower, images):
+            return jnp.sum(jnp.sin(tower(images, remat)))
+
+        return jax.jit(jax.grad(total)).lower(tower, images).compile()
+
+    whole, again = gradient(False), gradient(True)
+    assert again.memory_analysis().temp_size_in_bytes < whole.memory_analysis().temp_size_in_bytes
+    for got, want in zip(jax.tree.leaves(again(tower, images)), jax.tree.leaves(whole(tower, images)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
