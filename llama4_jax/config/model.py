@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import math
 
 
@@ -195,6 +196,7 @@ class Llama4Config:
                 raise ValueError(f"{name}={value} is outside the vocabulary of {self.text.vocab_size}")
 
 
+@functools.lru_cache(maxsize=64)
 def layer_kinds(config: TextConfig) -> tuple[LayerKind, ...]:
     """The kind of each decoder layer, first to last. NoPE interval, MoE step and depth combine freely."""
     attention, moe = config.attention, config.moe

@@ -6,7 +6,7 @@ backward); `tensor` adds up each product's results, and a ring passes keys and v
 `plan.memory`. Serving reads its weights and its cache once a step.
 
 How rough: of Scout on 128 v5p chips (fsdp 8 x expert 16, 256 x 8192 tokens, remat block) it says 24.5 GiB a chip and 115
-GiB on the wire, where the compiled step has 32.1 and 118.
+GiB on the wire, where the compiled step has 29.7 and 118.
 """
 
 from __future__ import annotations

@@ -4,7 +4,14 @@ import re
 
 import pytest
 
-DOCUMENTS = ("CONTRIBUTING.md", "README.md", "docs/numerics.md", "docs/performance.md", "docs/sharding.md")
+DOCUMENTS = (
+    "CONTRIBUTING.md",
+    "README.md",
+    "docs/numerics.md",
+    "docs/performance.md",
+    "docs/scaling.md",
+    "docs/sharding.md",
+)
 
 
 def text_of(root, document: str) -> str:
