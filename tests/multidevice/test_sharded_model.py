@@ -31,6 +31,8 @@ MORE = [{axis: 2} for axis in partitioning.MESH_AXES] + [
 # With AdamW's usual epsilon a first step is the sign of the gradient, even of one that is nothing but rounding.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, epsilon=1e-2)
 TRAIN = TrainConfig(steps=10, optimizer=OPTIMIZER, balance_loss=0.01)
+AGAIN = dataclasses.replace(TRAIN, remat="shared", kept_in="host")  # layers computed again, the vision tower's too
+SETTINGS = {"data": AGAIN}  # by a mesh's first axis
 TOLERANCE = 1e-5  # of values of about 1: fp32 sums of at most a few thousand terms in another order
 
 
@@ -60,12 +62,12 @@ def batch(config):
     }
 
 
-def train(model, batch):
+def train(model, batch, settings=TRAIN):
     """Parameters, first moments (gradients times a constant) and metrics after one step, as numpy arrays."""
     structure, params = names.split(model)
-    optimizer = optim.make(TRAIN.optimizer, TRAIN.steps)
+    optimizer = optim.make(settings.optimizer, settings.steps)
     advance = step.make(
-        structure, functools.partial(losses.next_token, config=TRAIN), optimizer, TRAIN, model.config.text
+        structure, functools.partial(losses.next_token, config=settings), optimizer, settings, model.config.text
     )
     after, metrics = advance(state.create(params, optimizer), batch)
     moments = optax.tree_utils.tree_get(after.opt_state, "mu")
@@ -89,7 +91,7 @@ def test_loss_gradients_and_a_step_do_not_depend_on_the_mesh(config, batch, alon
     model = initialise(config, seed=3)  # drawn in shards in a test of its own: compiling that takes long
     model = jax.device_put(model, partitioning.shardings(model, partitioning.TRAIN, mesh))
     with jax.set_mesh(mesh):
-        params, gradients, metrics = train(model, placed)
+        params, gradients, metrics = train(model, placed, SETTINGS.get(next(iter(sizes)), TRAIN))
     wanted_params, wanted_gradients, wanted_metrics = alone
     assert metrics["router_dropped"] == 0
     for name, value in metrics.items():
