@@ -155,7 +155,9 @@ class Llama4(nnx.Module):
             raise ValueError(f"an unrolled model has no place for {extra[0]}; merge adapters first (model.lora.merge)")
         return jax.tree.map_with_path(lambda path, _: leaves[_path(path)], plain)
 
-    def _fuse(self, x: jax.Array, tokens: jax.Array, images: jax.Array, cache: Cache | None, remat: bool) -> jax.Array:
+    def _fuse(
+        self, x, tokens: jax.Array, images: jax.Array, cache: Cache | None = None, remat: bool = False
+    ) -> jax.Array:
         if self.vision is None:
             raise ValueError(f"got images {images.shape}, but this model has no vision tower (config.vision is None)")
         placeholders = tokens == self.config.patch_token
