@@ -95,11 +95,11 @@ class Group:
 
     def wait(self, grace: float) -> int:
         """Waits until all have ended, which it sees to when one fails; returns the status for the launcher to end with."""
-        first = None
+        first: list[int] = []
         while self._running():
             if self._asked is None:
                 first = self._failed()
-                if first is not None:
+                if first:
                     self._stop_others(first)
                     break
             elif time.monotonic() > self._asked[1] + grace:
@@ -110,19 +110,27 @@ class Group:
             time.sleep(_PAUSE)
         for thread in self._copiers:
             thread.join()
-        return self._conclude(self._failed() if first is None else first)
+        return self._conclude(first or self._failed())
 
     def _running(self) -> int:
         return sum(process.poll() is None for process in self.processes)
 
-    def _failed(self) -> int | None:
-        """The process that failed, of several the one that was killed: the others died of its death."""
-        failed = [index for index, process in enumerate(self.processes) if process.poll()]
-        return min(failed, key=lambda index: self.processes[index].returncode, default=None)
+    def _failed(self) -> list[int]:
+        """The process that failed: of several those that were killed, for the others died of their death.
 
-    def _stop_others(self, first: int) -> None:
-        seconds, status = time.monotonic() - self._started, describe(self.processes[first].returncode)
-        _say(f"process {first} {status} after {seconds:.1f} s; stopping the other {len(self.processes) - 1}")
+        On a busy machine a process that another's error has ended may be seen at the same moment; then both are named.
+        """
+        failed = [index for index, process in enumerate(self.processes) if process.poll()]
+        worst = min((self.processes[index].returncode for index in failed), default=None)
+        return [index for index in failed if self.processes[index].returncode == worst]
+
+    def _named(self, first: list[int]) -> str:
+        names = " and ".join(map(str, first))
+        return f"process{'es' if len(first) > 1 else ''} {names} {describe(self.processes[first[0]].returncode)}"
+
+    def _stop_others(self, first: list[int]) -> None:
+        seconds = time.monotonic() - self._started
+        _say(f"{self._named(first)} after {seconds:.1f} s; stopping the other {len(self.processes) - len(first)}")
         self._send(signal.SIGTERM)
         deadline = time.monotonic() + _STOP_SECONDS
         while self._running() and time.monotonic() < deadline:
@@ -131,13 +139,11 @@ class Group:
         for process in self.processes:
             process.wait()
 
-    def _conclude(self, first: int | None) -> int:
-        if first is None:
+    def _conclude(self, first: list[int]) -> int:
+        if not first:
             return 0
-        status = self.processes[first].returncode
-        _say(
-            f"process {first} {describe(status)}; all {len(self.processes)} have ended. The same command resumes the run"
-        )
+        status = self.processes[first[0]].returncode
+        _say(f"{self._named(first)}; all {len(self.processes)} have ended. The same command resumes the run")
         return 128 - status if status < 0 else status
 
     def _send(self, number: int) -> None:
