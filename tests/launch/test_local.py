@@ -123,6 +123,7 @@ def test_an_error_in_one_process_ends_all_and_is_seen(root, tmp_path):
     assert "step 3" not in ran.stdout
 
 
+@pytest.mark.thorough
 def test_a_model_with_pictures_and_experts_has_the_losses_of_one_device(root, tmp_path):
     """Each process draws only the pictures that its devices look at: two of three, and one."""
     arguments = ("--model", "llama", "--steps", "2")
