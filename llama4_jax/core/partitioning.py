@@ -23,6 +23,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from llama4_jax.core.quantized import QuantizedArray
+
 MESH_AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")
 LOGICAL_AXES = (
     "vocab",
@@ -40,6 +42,7 @@ LOGICAL_AXES = (
     "rank",
     "layers",
 )
+UNSPLIT = "unsplit"  # an axis that no placement splits
 BATCH_AXES = ("batch", "time")  # of tokens, targets, positions and segments
 
 
@@ -201,12 +204,24 @@ def sharding(axes: Sequence[str], shape: Sequence[int], placement: Placement, me
 def shardings(model: nnx.Module, placement: Placement, mesh: Mesh) -> nnx.Module:
     """`model`, which may be abstract, with the sharding of each parameter in the place of its array.
 
-    It serves `jax.jit(..., out_shardings=)` and `jax.device_put`. Raises ValueError as `spec`, naming the parameter.
+    It serves `jax.jit(..., out_shardings=)` and `jax.device_put`. Raises ValueError as `spec`, naming the parameter. Values
+    and scales of a `QuantizedArray` lie together: an axis of scales is split as that of values, unless it has one for all.
     """
+
+    def place(axes: Sequence[str], leaf) -> NamedSharding | QuantizedArray:
+        if not isinstance(leaf, QuantizedArray):
+            return sharding(axes, leaf.shape, placement, mesh)
+        scales = tuple(UNSPLIT if size == 1 else axis for axis, size in zip(axes, leaf.scales.shape))
+        return dataclasses.replace(
+            leaf,
+            values=sharding(axes, leaf.shape, placement, mesh),
+            scales=sharding(scales, leaf.scales.shape, placement, mesh),
+            offsets=None if leaf.offsets is None else sharding(scales, leaf.offsets.shape, placement, mesh),
+        )
 
     def of(path, parameter: nnx.Param) -> nnx.Param:
         try:
-            return parameter.replace(sharding(parameter.axes, parameter.shape, placement, mesh))
+            return parameter.replace(place(parameter.axes, parameter.get_value()))
         except ValueError as error:
             raise ValueError(f"{jax.tree_util.keystr(path)}: {error}") from None
 
