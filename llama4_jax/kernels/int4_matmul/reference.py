@@ -1,0 +1,48 @@
+"""Products with a `QuantizedArray`, all in float32: the specification, which writes the whole float32 weight.
+
+Source: what a `core.quantized.QuantizedArray` stands for, and the grouped product of `kernels.grouped_matmul.reference`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from llama4_jax.core import quantized
+from llama4_jax.core.quantized import QuantizedArray
+from llama4_jax.kernels.grouped_matmul import reference
+
+
+def matmul(x: jax.Array, weight: QuantizedArray) -> jax.Array:
+    """`x [m k] @ weight [k n..]` in x's dtype; see `api.matmul`."""
+    rows = rounded(x.astype(jnp.float32), weight.activations)
+    matrix = weight.astype(jnp.float32).dequantize()
+    precise = jax.lax.Precision.HIGHEST  # matrix units would round float32 to bfloat16
+    return jnp.tensordot(rows, matrix, axes=1, precision=precise).astype(x.dtype)
+
+
+def grouped(x: jax.Array, weight: QuantizedArray, group_sizes: jax.Array) -> jax.Array:
+    """Each row of x [m k] times its group's matrix of weight [e k n..], in x's dtype; see `api.grouped`."""
+    rows = rounded(x.astype(jnp.float32), weight.activations)
+    with jax.default_matmul_precision("highest"):
+        out = reference.grouped_matmul(rows, weight.astype(jnp.float32).dequantize(), group_sizes)
+    return out.astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def rounded(x: jax.Array, activations: str | None) -> jax.Array:
+    """Rows x [.. k] as `activations` can hold them, with a scale a row; in x's dtype. Its gradient passes straight through.
+
+    activations: see `QuantSpec`; None leaves x as it is.
+    """
+    if activations is None:
+        return x
+    values, scales = quantized.quantize_rows(x, activations)
+    return (values.astype(jnp.float32) * scales).astype(x.dtype)
+
+
+@rounded.defjvp
+def _straight_through(activations, primals, tangents):
+    return rounded(primals[0], activations), tangents[0]
