@@ -7,6 +7,7 @@ is the array that it stands for. Products that do know read the few bits (`kerne
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -138,15 +139,34 @@ def ranges(
 
 
 def round_to(weight: jax.Array, scales: jax.Array, offsets: jax.Array | None, values: str) -> jax.Array:
-    """The float32 numbers, all of which dtype `values` holds, that stand for `weight` most closely."""
+    """The float32 numbers, all of which dtype `values` holds, that stand for `weight` most closely; see `nearest`."""
     ratio = weight.astype(jnp.float32) / spread(scales, weight.shape).astype(jnp.float32)
     if offsets is not None:
         ratio = ratio + spread(offsets, weight.shape).astype(jnp.float32)
+    return nearest(ratio, values, offsets is None)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def nearest(ratio: jax.Array, values: str, symmetric: bool = True) -> jax.Array:
+    """`ratio` float32 rounded to numbers that dtype `values` holds; symmetric: as far down as up.
+
+    Its gradient is straight through: 1 where rounding moved a number by half a step at most, 0 where the end of the range did.
+    Source: Bengio et al. 2013, arXiv:1308.3432; the clipping as in Esser et al. 2019, arXiv:1902.08153, equation 5.
+    """
     least, most = _bounds(values)
     if values == "float8_e4m3fn":
         return jnp.clip(ratio, least, most).astype(values).astype(jnp.float32)
-    least = -most if offsets is None else least  # symmetric: as far down as up
-    return jnp.clip(jnp.round(ratio), least, most)
+    return jnp.clip(jnp.round(ratio), -most if symmetric else least, most)
+
+
+@nearest.defjvp
+def _straight_through(values, symmetric, primals, tangents):
+    (ratio,), (tangent,) = primals, tangents
+    rounded = nearest(ratio, values, symmetric)
+    least, most = _bounds(values)
+    half = 16.0 if values == "float8_e4m3fn" else 0.5  # a step, at the ends of the range
+    inside = (ratio >= (-most if symmetric else least) - half) & (ratio <= most + half)
+    return rounded, jnp.where(inside, tangent, jnp.zeros_like(tangent))
 
 
 def quantize_rows(x: jax.Array, values: str, num_inputs: int = 1) -> tuple[jax.Array, jax.Array]:
@@ -155,6 +175,13 @@ def quantize_rows(x: jax.Array, values: str, num_inputs: int = 1) -> tuple[jax.A
     axes = tuple(range(x.ndim - num_inputs, x.ndim))
     scales = _positive(jnp.max(jnp.abs(x), axis=axes, keepdims=True) / largest(values), "float32")
     return round_to(x, scales, None, values).astype(values), scales
+
+
+def round_rows(x: jax.Array, values: str, num_inputs: int = 1) -> jax.Array:
+    """Rows x [.. inputs] as `quantize_rows` makes them, back in the dtype of x; gradients pass straight through."""
+    wide = x.astype(jnp.float32)
+    _, scales = quantize_rows(jax.lax.stop_gradient(wide), values, num_inputs)
+    return (round_to(wide, scales, None, values) * scales).astype(x.dtype)
 
 
 def largest(values: str) -> float:
