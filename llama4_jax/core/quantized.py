@@ -177,13 +177,6 @@ def quantize_rows(x: jax.Array, values: str, num_inputs: int = 1) -> tuple[jax.A
     return round_to(x, scales, None, values).astype(values), scales
 
 
-def round_rows(x: jax.Array, values: str, num_inputs: int = 1) -> jax.Array:
-    """Rows x [.. inputs] as `quantize_rows` makes them, back in the dtype of x; gradients pass straight through."""
-    wide = x.astype(jnp.float32)
-    _, scales = quantize_rows(jax.lax.stop_gradient(wide), values, num_inputs)
-    return (round_to(wide, scales, None, values) * scales).astype(x.dtype)
-
-
 def largest(values: str) -> float:
     """The greatest number of a dtype."""
     return _bounds(values)[1]
