@@ -98,10 +98,7 @@ class Llama4(nnx.Module):
     ) -> Hidden:
         """All of the model but the unembedding, which a loss may want to do in pieces. Arguments as in `__call__`."""
         _check(tokens, positions, segments, cache)
-        with jax.named_scope("embed"):
-            x = self.embed(tokens)
-        if images is not None:
-            x = self._fuse(x, tokens, images, cache, remat=bool(remat))
+        x = self.embedded(tokens, images, cache, remat=bool(remat))
         context = self.context(tokens.shape, positions, segments, cache)
         # Rows of one document begin at its position 0, so that its chunks begin at multiples of their size.
         with partitioning.promised(aligned=positions is None and segments is None):
@@ -110,6 +107,14 @@ class Llama4(nnx.Module):
             after = jnp.maximum(context.lengths, jnp.max(context.positions, axis=1) + 1)
             cache = cache.replace(lengths=after)
         return Hidden(hidden=self.norm(x), cache=cache, aux=aux)
+
+    def embedded(
+        self, tokens: jax.Array, images: jax.Array | None = None, cache: Cache | None = None, remat: bool = False
+    ) -> jax.Array:
+        """What the decoder reads, [b t d]: the embeddings of tokens [b t], with features of images at their placeholders."""
+        with jax.named_scope("embed"):
+            x = self.embed(tokens)
+        return x if images is None else self._fuse(x, tokens, images, cache, remat)
 
     def context(self, shape, positions=None, segments=None, cache: Cache | None = None) -> Context:
         """Where each token of a call of shape (b, t) stands; see `__call__`."""
