@@ -31,18 +31,18 @@ def grouped(x: jax.Array, weight: QuantizedArray, group_sizes: jax.Array) -> jax
     return out.astype(x.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def rounded(x: jax.Array, activations: str | None) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def rounded(x: jax.Array, activations: str | None, over: tuple[str, ...] = ()) -> jax.Array:
     """Rows x [.. k] as `activations` can hold them, with a scale a row; in x's dtype. Its gradient passes straight through.
 
-    activations: see `QuantSpec`; None leaves x as it is.
+    activations: see `QuantSpec`; None leaves x as it is. over: see `quantized.quantize_rows`.
     """
     if activations is None:
         return x
-    values, scales = quantized.quantize_rows(x, activations)
+    values, scales = quantized.quantize_rows(x, activations, over=over)
     return (values.astype(jnp.float32) * scales).astype(x.dtype)
 
 
 @rounded.defjvp
-def _straight_through(activations, primals, tangents):
-    return rounded(primals[0], activations), tangents[0]
+def _straight_through(activations, over, primals, tangents):
+    return rounded(primals[0], activations, over), tangents[0]
