@@ -3,13 +3,15 @@
 Claim:     Scout in int4 answers with 262,144 tokens of context on one H100: 68 GiB, of which the hybrid cache is 13, where
            it would be 48 if every layer kept all tokens. In bfloat16 it takes four, and on RTX 4090 cards four in int4.
 Command:   python -m experiments.hardware --model=scout --bits=4 --context=262144 --batch=1
+           python -m experiments.hardware --model=scout --bits=4 --context=1000000 --cache=int8
            python -m experiments.hardware --model=maverick --mode=full --context=8192 --batch=256
 Wall time: two seconds; nothing is compiled or measured. Hardware: none.
 Expected:  68.1 GiB within 0.1; the formulas are within 10 % of compiled programs (see tests/plan/test_memory.py).
 
 Modes: serve; lora (adapters on a frozen base); qat (all weights trained, rounded in each forward pass); full.
 int8 and int4 weights have a bfloat16 scale for each group of --group numbers; norms, routers, the embedding table and
-the vision tower stay bfloat16. Programs in low bits are still to be written: for them this is arithmetic alone.
+the vision tower stay bfloat16: these are the bytes of the recipes int4_all, int4_experts and int8 in groups (`config/quant.py`).
+What compiled programs in low bits take besides is in docs/low_bit.md.
 A run is cut evenly over a power of two of chips. Pictures are not counted beyond the weights that read them.
 """
 
@@ -38,6 +40,7 @@ QUANTISE = flags.DEFINE_enum("quantise", "all", [scope.value for scope in Scope]
 GROUP = flags.DEFINE_integer("group", 128, "numbers that share a scale", lower_bound=1)
 CONTEXT = flags.DEFINE_integer("context", 262_144, "tokens of a row", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 1, "rows at once", lower_bound=1)
+CACHE = flags.DEFINE_enum("cache", "bfloat16", ["bfloat16", "int8"], "serve: dtype of keys and values")
 PROMPT = flags.DEFINE_integer("prompt", 2048, "serve: tokens of a prompt that are read at once", lower_bound=1)
 REMAT = flags.DEFINE_enum("remat", "block", sorted(POLICIES), "training: what the backward pass finds")
 RANK = flags.DEFINE_integer("rank", 16, "lora: rank of the adapters", lower_bound=1)
@@ -86,7 +89,9 @@ def need_of(config: Llama4Config, storage: Storage) -> Callable[[int], Need]:
     settings = TrainConfig(steps=1, compute_dtype="bfloat16", remat=REMAT.value)
     rows = {"batch": BATCH.value}
     return {
-        "serve": lambda length: memory.serve(config, storage, context=length, prompt=PROMPT.value, **rows),
+        "serve": lambda length: memory.serve(
+            config, storage, context=length, prompt=PROMPT.value, cache=CACHE.value, **rows
+        ),
         "lora": lambda length: memory.lora(config, settings, storage, adapters(), length=length, **rows),
         "qat": lambda length: memory.qat(config, settings, storage, length=length, **rows),
         "full": lambda length: memory.train(config, settings, length=length, **rows),
@@ -119,7 +124,8 @@ def results_of(config: Llama4Config, need: Need, longest: dict[str, int]) -> dic
     if need.cache:
         attention = dataclasses.replace(config.text.attention, chunk_size=CONTEXT.value)
         flat = dataclasses.replace(config, text=dataclasses.replace(config.text, attention=attention))
-        found["cache_were_all_layers_global"] = accounting.cache_bytes(flat, CONTEXT.value, batch=BATCH.value) / GIB
+        size = accounting.cache_bytes(flat, CONTEXT.value, batch=BATCH.value, dtype=CACHE.value)
+        found["cache_were_all_layers_global"] = size / GIB
     chips = {chip.name: memory.chips_needed(need, chip.memory * GIB, USABLE.value) for chip in CHIPS}
     return {"gib": found, "chips": chips, "longest_on_one": longest}
 

@@ -19,8 +19,8 @@ def quiet_libraries() -> None:
     standard_logging.getLogger("llama4_jax").setLevel(standard_logging.INFO)
 
 
-def finish(results: Mapping[str, Any], *more: pathlib.Path) -> None:
-    """Prints `results`, and writes them to --json if given and to the files in `more`."""
+def finish(results: Mapping[str, Any], *more: pathlib.Path, unprinted: Mapping[str, Any] | None = None) -> None:
+    """Prints `results`, and writes them to --json if given and to the files in `more`; `unprinted` is written alone."""
     flat = dict(_flatten(results))
     width = max(map(len, flat))
     for name, value in flat.items():
@@ -28,7 +28,8 @@ def finish(results: Mapping[str, Any], *more: pathlib.Path) -> None:
     for path in [*more, *([pathlib.Path(JSON.value)] if JSON.value else [])]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        written = {**results, **(unprinted or {})}
+        temporary.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         temporary.replace(path)
 
 

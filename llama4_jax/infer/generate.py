@@ -70,14 +70,15 @@ def generate(
     stop: Sequence[int] = (),
     sampler: Sampler = GREEDY,
     seed: int = 0,
+    cache_dtype: str | None = None,
 ) -> list[list[int]]:
     """New token ids for each prompt; greedy by default.
 
     images: [n h w c], tiles in order of appearance over the prompts. A row ends early only after an id in `stop`, which
-    it includes. Raises ValueError for an empty prompt or an id outside the vocabulary.
+    it includes. cache_dtype: as for `Llama4.init_cache`. Raises ValueError for an empty prompt or an id outside the vocabulary.
     """
     model = prepare(model)
-    state = _start(model, prompts, max_new_tokens, images, tuple(stop), sampler, seed)
+    state = _start(model, prompts, max_new_tokens, images, tuple(stop), sampler, seed, cache_dtype)
     state = _decode(model, state, max_new_tokens - 1, tuple(stop), sampler)
     return [_until_stop(row, stop) for row in np.asarray(state.written).tolist()]
 
@@ -91,10 +92,11 @@ def stream(
     stop: Sequence[int] = (),
     sampler: Sampler = GREEDY,
     seed: int = 0,
+    cache_dtype: str | None = None,
 ) -> Iterator[int]:
     """The ids that `generate` would return for one prompt, each as soon as it is known."""
     model = prepare(model)
-    state = _start(model, [prompt], max_new_tokens, images, tuple(stop), sampler, seed)
+    state = _start(model, [prompt], max_new_tokens, images, tuple(stop), sampler, seed, cache_dtype)
     for step in range(max_new_tokens):
         token = int(state.tokens[0])
         yield token
@@ -103,7 +105,7 @@ def stream(
         state = _decode(model, state, 1, tuple(stop), sampler)
 
 
-def _start(model: Llama4, prompts, max_new_tokens: int, images, stop, sampler: Sampler, seed: int) -> State:
+def _start(model: Llama4, prompts, max_new_tokens: int, images, stop, sampler: Sampler, seed: int, cache_dtype) -> State:
     """Runs the prompts through the model and draws the first new token of each."""
     _check(model, prompts, max_new_tokens, images)
     longest = max(len(prompt) for prompt in prompts)
@@ -115,14 +117,14 @@ def _start(model: Llama4, prompts, max_new_tokens: int, images, stop, sampler: S
         segments[row, time - len(prompt) :] = 1
     capacity = min(_round_up(longest + max_new_tokens), model.config.text.context_length)
     key = jax.random.key(seed)
-    logits, cache = _prefill(model, tokens, segments, images, capacity)
+    logits, cache = _prefill(model, tokens, segments, images, capacity, cache_dtype)
     return _first(logits, cache, key, max_new_tokens, stop, sampler)
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def _prefill(model: Llama4, tokens, segments, images, capacity: int) -> tuple[jax.Array, Cache]:
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _prefill(model: Llama4, tokens, segments, images, capacity: int, cache_dtype) -> tuple[jax.Array, Cache]:
     """Logits [b v] after the last token of each prompt, and the cache that holds the prompts."""
-    cache = model.init_cache(tokens.shape[0], capacity)
+    cache = model.init_cache(tokens.shape[0], capacity, cache_dtype)
     output = model.hidden(tokens, images, segments=segments, cache=cache)
     return model.unembed(output.hidden[:, -1]), output.cache
 

@@ -21,6 +21,8 @@ from llama4_jax.config import (
 from llama4_jax.config.lora import LoraConfig, matches
 
 _PROJECTIONS = ("query", "key", "value", "output")
+# By a cache's dtype: bytes of a number, and of the scale that a token's key or value has in each head.
+_CACHED = {"float32": (4, 0), "bfloat16": (2, 0), "int8": (1, 4)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,10 +110,15 @@ def visible_keys(text: TextConfig, attention: Attention, length: int) -> float:
     return (full * chunk * (chunk + 1) + rest * (rest + 1)) / (2 * length)
 
 
-def cache_bytes(config: Llama4Config, length: int, *, batch: int = 1, bytes_per_number: int = 2) -> int:
-    """Bytes of the hybrid key/value cache: one chunk for each chunked layer, `length` slots for each global one."""
-    attention = config.text.attention
-    slot = 2 * attention.num_kv_heads * attention.head_dim * bytes_per_number  # a key and a value
+def cache_bytes(config: Llama4Config, length: int, *, batch: int = 1, dtype: str = "bfloat16") -> int:
+    """Bytes of the hybrid key/value cache: one chunk for each chunked layer, `length` slots for each global one.
+
+    dtype: as for `init_cache`; int8 comes with scales. Raises ValueError for one whose bytes are not known here.
+    """
+    if dtype not in _CACHED:
+        raise ValueError(f"a cache of {dtype} is not counted here; use one of {', '.join(_CACHED)}")
+    attention, (number, scale) = config.text.attention, _CACHED[dtype]
+    slot = 2 * attention.num_kv_heads * (attention.head_dim * number + scale)  # a key and a value
     slots = sum(
         min(attention.chunk_size, length) if kind.attention is Attention.CHUNKED else length
         for kind in layer_kinds(config.text)

@@ -1,6 +1,7 @@
 """The hybrid key/value cache: chunked layers hold one chunk, global layers the full length.
 
 For Scout at a context of 10M tokens that is a quarter of the layers with a long cache, and 36 layers with 8,192 slots.
+Numbers are float, or int8 with a scale for each token and head: half of bfloat16's bytes, and 4 more for a scale.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from llama4_jax.config import Attention, LayerKind, TextConfig, layer_kinds
+from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.nn.attention import LayerCache
 
 
@@ -44,7 +46,11 @@ class Cache:
 
 
 def init_cache(config: TextConfig, periods: int, batch: int, length: int, dtype) -> Cache:
-    """An empty cache for `batch` rows of at most `length` tokens, for a decoder that scans `periods` periods."""
+    """An empty cache for `batch` rows of at most `length` tokens, for a decoder that scans `periods` periods.
+
+    dtype: of the numbers, a float one of 16 bits or more, or int8. Raises ValueError for any other, and for a length that the
+    model is not made for.
+    """
     if not 0 < length <= config.context_length:
         raise ValueError(
             f"a cache of {length} tokens was asked for, but context_length={config.context_length}; ask for 1 to that "
@@ -55,7 +61,7 @@ def init_cache(config: TextConfig, periods: int, batch: int, length: int, dtype)
     def layer(kind: LayerKind, *leading: int) -> LayerCache:
         slots = min(attention.chunk_size, length) if kind.attention is Attention.CHUNKED else length
         shape = (*leading, batch, attention.num_kv_heads, slots, attention.head_dim)
-        return LayerCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+        return LayerCache(keys=_empty(shape, dtype), values=_empty(shape, dtype))
 
     scanned = periods * config.period
     return Cache(
@@ -64,3 +70,12 @@ def init_cache(config: TextConfig, periods: int, batch: int, length: int, dtype)
         lengths=jnp.zeros(batch, jnp.int32),
         capacity=length,
     )
+
+
+def _empty(shape: tuple[int, ...], dtype) -> jax.Array | QuantizedArray:
+    dtype = jnp.dtype(dtype)
+    if dtype == jnp.int8:
+        return QuantizedArray(jnp.zeros(shape, dtype), jnp.ones((*shape[:-1], 1), jnp.float32))
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        raise ValueError(f"a cache of {dtype} was asked for; use float32, bfloat16, or int8, which comes with scales")
+    return jnp.zeros(shape, dtype)

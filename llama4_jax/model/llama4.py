@@ -141,7 +141,10 @@ class Llama4(nnx.Module):
         return self.embed.table[...].T if self.head is None else self.head.kernel[...]
 
     def init_cache(self, batch: int, length: int, dtype=None) -> Cache:
-        """An empty cache for `batch` rows of at most `length` tokens; dtype defaults to the weights'."""
+        """An empty cache for `batch` rows of at most `length` tokens.
+
+        dtype: of its numbers, by default the weights'; "int8" comes with a scale for each token and head.
+        """
         dtype = dtype or self.embed.table.dtype
         return init_cache(self.config.text, self.decoder.periods, batch, length, dtype)
 

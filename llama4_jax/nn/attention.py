@@ -7,6 +7,8 @@ own document, so left padding and packing change nothing.
 
 from __future__ import annotations
 
+import dataclasses
+
 import einops
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ from flax import nnx, struct
 from jax.ad_checkpoint import checkpoint_name
 
 from llama4_jax.config import Attention, AttentionConfig, LayerKind
+from llama4_jax.core import quantized
+from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.kernels import attention as kernels
 from llama4_jax.nn import rope
 from llama4_jax.nn.linear import Linear, TransposedLinear, together
@@ -45,10 +49,11 @@ class LayerCache:
     Invariant: a row's tokens have positions 0 .. length-1, so which position a slot holds follows from the length.
     A chunked layer needs s >= min(chunk, length) slots, a global layer one for each position it will ever hold.
     Heads come before slots because that is how attention reads them: any other order is copied at each step.
+    Keys and values of few bits have scales [b k s 1], a scale for each token and head, and are rounded as they are written.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: jax.Array | QuantizedArray
+    values: jax.Array | QuantizedArray
 
     @property
     def slots(self) -> int:
@@ -115,16 +120,15 @@ class DecoderAttention(nnx.Module):
         if cache is None:
             tokens = context.positions, context.segments
             return kernels.attend_sequence(query, key, value, *tokens, chunk_size, context.rows), None
-        old, cache = cache, _write(cache, key, value, context)
-        if chunk_size is None or key.shape[1] == 1:
+        new = _stored(key, cache.keys), _stored(value, cache.values)  # as it will be read, by this call too
+        old, cache = cache, _write(cache, *new, context)
+        if chunk_size is None or query.shape[1] == 1:
             # All that the query may see is in the cache by now.
-            key, value = (einops.rearrange(x, "b k s h -> b s k h") for x in (cache.keys, cache.values))
+            key, value = _tokens_first(cache)
             key_positions = _held_positions(cache.slots, _lengths_after(context))
         else:
             # Of several new tokens, early ones may still need keys that later ones have just replaced.
-            old_key, old_value = (einops.rearrange(x, "b k s h -> b s k h") for x in (old.keys, old.values))
-            key = jnp.concatenate([old_key, key.astype(old_key.dtype)], axis=1)
-            value = jnp.concatenate([old_value, value.astype(old_value.dtype)], axis=1)
+            key, value = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), _tokens_first(old), new)
             held = _held_positions(old.slots, context.lengths)
             key_positions = jnp.concatenate([held, context.positions], axis=1)
         attended = kernels.attend(
@@ -174,7 +178,20 @@ def _held_positions(slots: int, lengths: jax.Array) -> jax.Array:
     return slot + slots * ((lengths[:, None] - 1 - slot) // slots)  # floors to a negative turn when empty
 
 
-def _write(cache: LayerCache, key: jax.Array, value: jax.Array, context: Context) -> LayerCache:
+def _stored(new: jax.Array, held: jax.Array | QuantizedArray) -> jax.Array | QuantizedArray:
+    """New keys or values [b t k h] in the form of those held."""
+    if not isinstance(held, QuantizedArray):
+        return new.astype(held.dtype)
+    values, scales = quantized.quantize_rows(new, held.values.dtype.name)
+    return dataclasses.replace(held, values=values, scales=scales)
+
+
+def _tokens_first(cache: LayerCache) -> tuple[jax.Array | QuantizedArray, jax.Array | QuantizedArray]:
+    """Keys and values as attention takes them, [b s k h]."""
+    return jax.tree.map(lambda x: einops.rearrange(x, "b k s h -> b s k h"), (cache.keys, cache.values))
+
+
+def _write(cache: LayerCache, key, value, context: Context) -> LayerCache:
     """Stores the new keys and values, of which a chunked layer keeps those that are among its row's last."""
     oldest = jnp.maximum(_lengths_after(context) - cache.slots, 0)
     kept = context.positions >= oldest[:, None]
@@ -183,7 +200,6 @@ def _write(cache: LayerCache, key: jax.Array, value: jax.Array, context: Context
     rows, heads = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
 
     def put(buffer, new):
-        new = einops.rearrange(new, "b t k h -> b k t h").astype(buffer.dtype)
-        return buffer.at[rows, heads, slots].set(new, mode="drop")
+        return buffer.at[rows, heads, slots].set(einops.rearrange(new, "b t k h -> b k t h"), mode="drop")
 
-    return LayerCache(keys=put(cache.keys, key), values=put(cache.values, value))
+    return jax.tree.map(put, cache, LayerCache(keys=key, values=value))

@@ -27,7 +27,6 @@ USABLE = 0.92  # of a device's memory: the rest is the driver's, the compiled pr
 MOST_CHIPS = 2**16
 _MOMENTS = 8  # bytes a trained weight: Adam's two means, float32
 _MASTER = 4  # bytes a trained weight, float32
-_CACHED = 2  # bytes a cached number, bfloat16
 
 
 class Scope(enum.Enum):
@@ -84,10 +83,13 @@ def weight_bytes(config: Llama4Config, storage: Storage) -> float:
     return (low * storage.bits_per_weight + (accounting.parameters(config).total - low) * 16) / 8
 
 
-def serve(config: Llama4Config, storage: Storage, *, batch: int, context: int, prompt: int = 2048) -> Need:
+def serve(
+    config: Llama4Config, storage: Storage, *, batch: int, context: int, prompt: int = 2048, cache: str = "bfloat16"
+) -> Need:
     """Generation for `batch` rows of up to `context` tokens, of which at most `prompt` are read at once.
 
     Layers stand alone, as `infer.prepare` lays them out: a scanned cache would be there twice or three times.
+    cache: its dtype; int8 comes with scales.
     Raises ValueError for a context that no cache of this model is made for.
     """
     if context > config.text.context_length:
@@ -97,7 +99,7 @@ def serve(config: Llama4Config, storage: Storage, *, batch: int, context: int, p
         )
     return Need(
         weights=weight_bytes(config, storage),
-        cache=accounting.cache_bytes(config, context, batch=batch, bytes_per_number=_CACHED),
+        cache=accounting.cache_bytes(config, context, batch=batch, dtype=cache),
         activations=max(_forward(config.text, batch, 1, context), _forward(config.text, batch, prompt, context)),
     )
 

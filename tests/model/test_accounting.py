@@ -89,4 +89,4 @@ def test_cache_formula_equals_the_cache_that_is_made():
     model = jax.eval_shape(lambda: Llama4(tiny, rngs=nnx.Rngs(0)))
     cache = jax.eval_shape(lambda: model.init_cache(2, 100, "float32"))
     stored = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((cache.period, cache.tail))) * 4
-    assert accounting.cache_bytes(tiny, 100, batch=2, bytes_per_number=4) == stored
+    assert accounting.cache_bytes(tiny, 100, batch=2, dtype="float32") == stored

@@ -40,7 +40,7 @@ def test_chunked_layers_hold_one_chunk_and_global_layers_everything(model, lengt
     assert [layer.slots for layer in cache.tail] == wanted[4:]
     assert [layer.keys.shape[0] for layer in cache.period] == [2, 2]  # repetitions
     leaves = cache.nbytes - cache.lengths.nbytes
-    assert leaves == accounting.cache_bytes(CONFIG, length, batch=2, bytes_per_number=4)
+    assert leaves == accounting.cache_bytes(CONFIG, length, batch=2, dtype="float32")
     assert model.init_cache(2, length, jnp.bfloat16).nbytes - cache.lengths.nbytes == leaves // 2
 
 

@@ -14,6 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.kernels.attention import blockwise, few_queries, reference
 
 IMPLEMENTATIONS = {
@@ -34,8 +35,8 @@ _logger = logging.getLogger(__name__)
 
 def attend(
     query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    key: jax.Array | QuantizedArray,
+    value: jax.Array | QuantizedArray,
     *,
     query_positions: jax.Array,
     key_positions: jax.Array,
@@ -51,7 +52,7 @@ def attend(
 
     Args:
         query: [b t n h].
-        key, value: [b s k h], where k divides n.
+        key, value: [b s k h], where k divides n; a cache's may be of few bits, with scales [b s k 1], and get no gradient.
         query_positions, query_segments: [b t] int: positions in the document from 0; document from 1, 0 for padding.
         key_positions, key_segments: [b s] int; position -1 marks an empty cache slot.
         chunk_size: positions in a chunk, or None for a layer that sees everything before.
@@ -118,7 +119,15 @@ def check(query: jax.Array, key: jax.Array, value: jax.Array, chunk_size: int | 
             raise NotImplementedError(
                 f"attention over {name} of dtype {array.dtype}; cast to bfloat16 or float32 first"
             )
-    if key.shape != value.shape or key.dtype != value.dtype:
+        if isinstance(array, QuantizedArray) and _unread(array):
+            raise NotImplementedError(
+                f"attention over {name} with scales {array.scales.shape}; only a scale for each token and head is read"
+            )
+    if (
+        key.shape != value.shape
+        or key.dtype != value.dtype
+        or isinstance(key, QuantizedArray) != isinstance(value, QuantizedArray)
+    ):
         raise ValueError(f"key is {key.shape} {key.dtype} but value is {value.shape} {value.dtype}; make them alike")
     if (query.shape[0], query.shape[3]) != (key.shape[0], key.shape[3]):
         raise ValueError(f"query {query.shape} and key {key.shape} differ in batch or head_dim; these must be equal")
@@ -140,3 +149,8 @@ def check_tokens(name: str, array: jax.Array, positions: jax.Array, segments: ja
             raise ValueError(f"{name}_{kind} has shape {tokens.shape}; wanted {array.shape[:2]}, as {name} has tokens")
         if not jnp.issubdtype(tokens.dtype, jnp.signedinteger):
             raise ValueError(f"{name}_{kind} is {tokens.dtype}; wanted int32: bfloat16 and float32 lose positions")
+
+
+def _unread(array: QuantizedArray) -> bool:
+    """Whether it has another form than a scale for each token and head."""
+    return array.scales.shape != (*array.shape[:3], 1) or array.offsets is not None

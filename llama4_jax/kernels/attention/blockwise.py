@@ -19,14 +19,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.kernels.attention import blocks
 from llama4_jax.kernels.attention.blocks import Blocking, Tokens
 
 
 def attend(
     query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    key: jax.Array | QuantizedArray,
+    value: jax.Array | QuantizedArray,
     *,
     query_positions: jax.Array,
     key_positions: jax.Array,
@@ -42,7 +43,7 @@ def attend(
 
     Args:
         query: [b t n h].
-        key, value: [b s k h], where k divides n.
+        key, value: [b s k h], where k divides n. Those of few bits, as a cache may hold, get no gradient.
         query_positions, query_segments: [b t] int, see `mask.visible`.
         key_positions, key_segments: [b s] int.
         chunk_size: positions in a chunk, or None.
@@ -51,6 +52,8 @@ def attend(
     rows = query.shape[0] * query.shape[2]
     blocking = blocking or blocks.choose(rows, query.shape[1], key.shape[1], chunk_size)
     queries, keys = Tokens(query_positions, query_segments), Tokens(key_positions, key_segments)
+    if isinstance(key, QuantizedArray):
+        return forward(blocking, query, key, value, queries, keys, query.dtype)[0]
     return _attend(blocking, query, key, value, queries, keys)
 
 
@@ -80,7 +83,7 @@ def forward(blocking: Blocking, query, key, value, queries: Tokens, keys: Tokens
     The log-sum-exp is -inf where nothing is seen.
     """
     scale, wide = query.shape[-1] ** -0.5, jnp.promote_types(query.dtype, jnp.float32)
-    padded_key, padded_value = blocks.pad(key, blocking.keys), blocks.pad(value, blocking.keys)
+    padded_key, padded_value = jax.tree.map(lambda x: blocks.pad(x, blocking.keys), (key, value))
     key_tokens = blocks.cut_tokens(keys, blocking.keys)
     key_extent = blocks.extent(key_tokens)
 
@@ -89,15 +92,17 @@ def forward(blocking: Blocking, query, key, value, queries: Tokens, keys: Tokens
 
         def step(carry, index, rule):
             peak, total, out = carry
-            key_block = blocks.take(padded_key, index, blocking.keys)  # [b s k h]
-            value_block = blocks.take(padded_value, index, blocking.keys)
+            key_block, value_block = (  # [b s k h]; of few bits one block at a time becomes what it stands for
+                jnp.asarray(jax.tree.map(lambda x: blocks.take(x, index, blocking.keys), each))
+                for each in (padded_key, padded_value)
+            )
             scores = jnp.einsum("bkgth,bskh->bkgts", query_block, key_block, preferred_element_type=wide)
             scores = jnp.where(rule, scores * scale, -jnp.inf)
             new_peak = jnp.maximum(peak, scores.max(-1))
             weights = jnp.exp(scores - new_peak[..., None])
             shrink = jnp.exp(peak - new_peak)
             total = shrink * total + weights.sum(-1)
-            weights = weights.astype(value.dtype)  # the second product runs in the inputs' precision
+            weights = weights.astype(value_block.dtype)  # the second product runs in the inputs' precision
             seen = jnp.einsum("bkgts,bskh->bkgth", weights, value_block, preferred_element_type=wide)
             return new_peak, total, shrink[..., None] * out + seen
 

@@ -38,6 +38,7 @@ def attend(
         chunk_size: positions in a chunk, or None.
     """
     rule = mask.visible(query_positions, key_positions, query_segments, key_segments, chunk_size)  # [b t s]
+    key, value = jnp.asarray(key), jnp.asarray(value)  # those of few bits become what they stand for
     return average(_scores(query, key), value, rule[:, None, None]).astype(query.dtype)
 
 
@@ -54,10 +55,12 @@ def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.einsum("bkgth,bskh->bkgts", grouped, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
 
 
-def average(scores: jax.Array, value: jax.Array, rule: jax.Array | None) -> jax.Array:
+def average(
+    scores: jax.Array, value: jax.Array, rule: jax.Array | None, value_scales: jax.Array | None = None
+) -> jax.Array:
     """Values [b s k h] weighted by the softmax of scores [b k g t s] under `rule`: [b t n h], in the scores' dtype.
 
-    rule: bool, broadcast against the scores; None sees all.
+    rule: bool, broadcast against the scores; None sees all. value_scales: what each value is multiplied by, likewise.
     """
     if rule is not None:
         scores = jnp.where(rule, scores, -jnp.inf)
@@ -65,6 +68,7 @@ def average(scores: jax.Array, value: jax.Array, rule: jax.Array | None) -> jax.
     peak = jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(scores.dtype).min)
     weights = jnp.exp(scores - lax.stop_gradient(peak))
     total = weights.sum(-1, keepdims=True)  # [b k g t 1]
+    weights = weights if value_scales is None else weights * value_scales
     out = jnp.einsum("bkgts,bskh->bkgth", weights, value.astype(scores.dtype), preferred_element_type=scores.dtype)
     out = out / jnp.where(total > 0, total, 1.0)
     return einops.rearrange(out, "b k g t h -> b t (k g) h")
