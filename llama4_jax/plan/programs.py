@@ -18,6 +18,8 @@ from llama4_jax.config.train import TrainConfig
 from llama4_jax.core import names, partitioning
 from llama4_jax.core.partitioning import Placement
 from llama4_jax.model import Cache, Llama4
+from llama4_jax.plan import weights
+from llama4_jax.plan.weights import PLAIN, Kept
 from llama4_jax.train import losses, optim, state, step
 
 CACHE_AXES = ("batch", "kv_heads", "time", "head_dim")  # of a layer's keys and values
@@ -45,22 +47,26 @@ def train(
     return Step(lowered, {"parameters": shapes.params, "optimizer": shapes.opt_state})
 
 
-def prefill(config: Llama4Config, mesh: Mesh, *, batch: int, length: int, placement=partitioning.SERVE) -> Step:
+def prefill(
+    config: Llama4Config, mesh: Mesh, *, batch: int, length: int, placement=partitioning.SERVE, kept: Kept = PLAIN
+) -> Step:
     """The first call of a generation: `length` tokens of each row into an empty cache, and the last token's logits."""
-    return _forward(config, mesh, placement, batch=batch, length=length, new=length)
+    return _forward(config, mesh, placement, kept, batch=batch, length=length, new=length)
 
 
-def decode(config: Llama4Config, mesh: Mesh, *, batch: int, length: int, placement=partitioning.SERVE) -> Step:
+def decode(
+    config: Llama4Config, mesh: Mesh, *, batch: int, length: int, placement=partitioning.SERVE, kept: Kept = PLAIN
+) -> Step:
     """One token more for each row, with a cache of `length` slots."""
-    return _forward(config, mesh, placement, batch=batch, length=length, new=1)
+    return _forward(config, mesh, placement, kept, batch=batch, length=length, new=1)
 
 
-def _forward(config: Llama4Config, mesh: Mesh, placement: Placement, *, batch: int, length: int, new: int):
+def _forward(config: Llama4Config, mesh: Mesh, placement: Placement, kept: Kept, *, batch: int, length: int, new: int):
     # In decoding layers stand alone, as in `infer.prepare`: a loop over them reads the whole cache and writes another. A
     # prompt fills the cache but once, and its layers are compiled as one period, which takes minutes less.
     scan = new > 1
-    structure, params = abstract_params(config, jnp.bfloat16, placement, mesh, scan=scan)
-    cache = jax.eval_shape(lambda: _empty_cache(config, batch, length, scan))
+    structure, params = abstract_params(config, jnp.bfloat16, placement, mesh, scan=scan, recipe=kept.recipe)
+    cache = jax.eval_shape(lambda: _empty_cache(config, batch, length, scan, kept.cache))
     cache = placed(cache, cache_shardings(cache, placement, mesh))
     tokens = jax.ShapeDtypeStruct(
         (batch, new), jnp.int32, sharding=partitioning.batch_sharding((batch, new), placement, mesh)
@@ -79,9 +85,9 @@ def _forward(config: Llama4Config, mesh: Mesh, placement: Placement, *, batch: i
     return Step(lowered, {"parameters": params, "cache": cache})
 
 
-def abstract_params(config: Llama4Config, dtype, placement: Placement, mesh: Mesh, *, scan: bool = True):
+def abstract_params(config: Llama4Config, dtype, placement: Placement, mesh: Mesh, *, scan: bool = True, recipe=None):
     """The structure of the model, and the shape and sharding of each parameter by name."""
-    model = jax.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0), dtype=dtype, scan=scan))
+    model = weights.abstract(config, recipe, dtype=dtype, scan=scan)
     structure, params = names.split(model)
     return structure, placed(params, names.split(partitioning.shardings(model, placement, mesh))[1])
 
@@ -108,7 +114,7 @@ def batch_shapes(accumulation: int, batch: int, length: int, placement: Placemen
 
 
 def cache_shardings(cache: Cache, placement: Placement, mesh: Mesh) -> Cache:
-    """Rows of a cache as the batch, heads as the placement says, and slots where it cuts time."""
+    """Rows of a cache as the batch, heads as the placement says, and slots where it cuts time; scales as what they scale."""
 
     def place(leaf):
         axes = ("batch",) if leaf.ndim == 1 else ("layers",) * (leaf.ndim - 4) + CACHE_AXES
@@ -117,5 +123,5 @@ def cache_shardings(cache: Cache, placement: Placement, mesh: Mesh) -> Cache:
     return jax.tree.map(place, cache)
 
 
-def _empty_cache(config: Llama4Config, batch: int, length: int, scan: bool) -> Cache:
-    return Llama4(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, scan=scan).init_cache(batch, length)
+def _empty_cache(config: Llama4Config, batch: int, length: int, scan: bool, dtype: str) -> Cache:
+    return Llama4(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, scan=scan).init_cache(batch, length, dtype)
