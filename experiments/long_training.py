@@ -62,8 +62,7 @@ def compiled(config: Llama4Config) -> dict:
     rows = {"batch": BATCH.value, "length": LENGTH.value}
     job = Job(config=config, mode="train", topology=TOPOLOGY.value, training=training, **rows)
     mesh = partitioning.make_mesh(shards.parse(MESH.value), job.devices)
-    kept = {"remat": training.remat, "accumulation": training.accumulation}
-    choice = Choice.of(mesh, placement=partitioning.LONG, **kept)
+    choice = Choice.of(mesh, partitioning.LONG, training)
     return job.outcome(choice, Answers(folder=pathlib.Path(ANSWERS.value)))
 
 

@@ -1,4 +1,4 @@
-"""What a training, prefill or decoding step needs and costs on TPUs that are not here, compiled by their own compiler.
+"""What a step of training, prefill, decoding or conversion needs and costs on TPUs that are not here, by their own compiler.
 
 Claim:     a layout fits a pod, or by how much it does not, before anyone rents one; memory, products and bytes are those
            of the real program, times are estimates and not measured.
@@ -7,14 +7,17 @@ Command:   python -m experiments.plan --model=scout --mode=train --topology=v5p:
            python -m experiments.plan --model=scout --topology=v5p:4x4x4 --mesh=fsdp=4,expert=16 --placement=long \
                --batch=4 --length=524288
            python -m experiments.plan --model=scout --mode=decode --topology=v5e:4x4 --mesh=tensor=8,expert=2 --batch=16
+           python -m experiments.plan --model=scout --mode=conversion --topology=v5p:4x4x8 --mesh=fsdp=8,expert=16
            python -m experiments.plan --model=maverick --topology=v5p:4x8x8 --batch=256 --search --search_limit=6
+           python -m experiments.plan --mesh=fsdp=8,expert=16 --search --within=peak=37,wire=200,products=1.845
 Hardware:  a CPU with the package libtpu (the extra [plan]); no TPU.
 Wall time: seconds for small models, minutes for Scout and Maverick, whatever their depth; with --search for each layout.
 Expected:  docs/sharding.md and docs/scaling.md.
 
 `--set` changes the model, `--train` the training, as in pretrain_nano. `--search` compiles what is asked and the most
-promising other meshes, placements, policies of remat and microbatches, and ranks them. Attention is counted by formula:
-over the keys that the mask leaves in one document a row, since its loops depend on data.
+promising other meshes, placements, policies of remat, places to keep things in and microbatches, and ranks them; `--within`
+bounds what they may take. Attention is counted by formula: over the keys that the mask leaves in one document a row, since
+its loops depend on data. `--mode=conversion` makes parameters of the tensors of a released checkpoint.
 `--closed_form` gives the formulas that a search leaves layouts out by, and compiles nothing.
 Answers of the compiler are kept in --answers, so that no program is compiled twice; --fresh compiles it again.
 """
@@ -55,6 +58,9 @@ SET = flags.DEFINE_multi_string("set", [], "model override, as text.num_layers=8
 TRAIN = flags.DEFINE_multi_string("train", [], "training override, as accumulation=2")
 SEARCH = flags.DEFINE_boolean("search", False, "compile other layouts too, and rank them")
 SEARCH_LIMIT = flags.DEFINE_integer("search_limit", 4, "how many others", lower_bound=1)
+WITHIN = flags.DEFINE_list(
+    "within", [], "what a search may take: peak and wire in GiB, products in PFLOP, as peak=37,wire=200"
+)
 ANSWERS = flags.DEFINE_string("answers", ".cache/plans", "folder of the compiler's answers")
 CLOSED_FORM = flags.DEFINE_boolean("closed_form", False, "compile nothing: a rough answer, at once")
 FRESH = flags.DEFINE_boolean("fresh", False, "compile even what was compiled before")
@@ -73,22 +79,32 @@ def asked() -> tuple[Job, Choice]:
         length=LENGTH.value,
         training=training,
     )
-    placement = PLACEMENTS[PLACEMENT.value or ("train" if MODE.value == "train" else "serve")]
+    placement = PLACEMENTS[PLACEMENT.value or ("train" if MODE.value in ("train", "conversion") else "serve")]
     mesh = partitioning.make_mesh(shards.parse(MESH.value), job.devices)
-    return job, Choice.of(mesh, placement=placement, remat=training.remat, accumulation=training.accumulation)
+    return job, Choice.of(mesh, placement, training)
 
 
 def advice(job: Job, choice: Choice, found: list[search.Tried]) -> str:
-    """For what does not fit: by how much, and the nearest change that does, compiled or said not to be."""
-    first = found[0].outcome
-    if first["fits"]:
+    """For what does not fit, or takes more than --within: by how much, and the nearest change that does, compiled or not."""
+    first, limits = found[0], within()
+    if first.within(limits):
         return "fits"
-    over = f"does not fit by {first['over_gib']:.2f} GiB a device; nearest change that does: "
+    over = f"does not fit by {first.outcome['over_gib']:.2f} GiB a device"
+    over = ("fits, but takes more than --within" if first.fits else over) + "; nearest change that does: "
     if SEARCH.value:
-        fitting = search.nearest_fit(found)
+        fitting = search.nearest_fit(found, limits)
         return over + (changes(choice, fitting.choice) + " (compiled)" if fitting else f"none of {len(found)} compiled")
-    likely = search.likely(job, found[0])
+    likely = search.likely(job, first, limits) if job.mode != "conversion" else None
     return over + (changes(choice, likely) if likely else "more devices") + " (by closed form; --search compiles it)"
+
+
+def within() -> search.Limits:
+    """What --within says; raises ValueError for what has no limit."""
+    named = dict(part.split("=", 1) for part in WITHIN.value)
+    unknown = sorted(set(named) - set(search.Limits._fields))
+    if unknown:
+        raise ValueError(f"--within={unknown[0]}: use one of {', '.join(search.Limits._fields)}, each with a number")
+    return search.Limits(**{name: float(number) for name, number in named.items()})
 
 
 def changes(choice: Choice, other: Choice) -> str:
@@ -98,12 +114,12 @@ def changes(choice: Choice, other: Choice) -> str:
 def show(found: list[search.Tried]) -> None:
     """The table of a search, best first; numbers are of a device, times estimates."""
     mesh = max(len(tried.choice.flags()[0]) for tried in found) - len("--mesh=")
-    head = f"{'mesh':<{mesh}}  {'placement':<9}  {'remat':<11}  {'parts':>5}"
+    head = f"{'mesh':<{mesh}}  {'placement':<9}  {'remat':<11}  {'parts':>5}  {'kept in':<7}"
     print(f"\n{head}  {'GiB':>6}  {'expected':>8}  {'wire GiB':>8}  {'PFLOP':>7}  {'s, estimate':>11}  {'MFU':>5}")
-    for tried in search.ranked(found):
+    for tried in search.ranked(found, within()):
         names = [flag.split("=", 1)[1] for flag in tried.choice.flags()]
-        names[2:] = names[2:] if MODE.value == "train" else "--"  # serving has neither
-        row = f"{names[0]:<{mesh}}  {names[1]:<9}  {names[2]:<11}  {names[3]:>5}"
+        names[2:] = names[2:] if MODE.value == "train" else "---"  # serving has none of these
+        row = f"{names[0]:<{mesh}}  {names[1]:<9}  {names[2]:<11}  {names[3]:>5}  {names[4]:<7}"
         print(f"{row}  {numbers(tried)}{'  <- asked' if tried is found[0] else ''}")
     print()
 
@@ -135,24 +151,31 @@ def tried(job: Job, choice: Choice) -> list[search.Tried]:
     answers = Answers(
         folder=pathlib.Path(ANSWERS.value), fresh=FRESH.value, flags=os.environ.get("LIBTPU_INIT_ARGS", "")
     )
-    trials = search.search(job, choice, SEARCH_LIMIT.value if SEARCH.value else 0, answers)
+    trials = search.search(job, choice, SEARCH_LIMIT.value if SEARCH.value else 0, answers, within())
     return list(tqdm(trials, "compiling", SEARCH_LIMIT.value + 1, unit="layout", disable=not SEARCH.value))
 
 
 def rough(job: Job, choice: Choice) -> dict:
-    """A device's memory and seconds of a step by formula."""
+    """A device's memory, work and seconds of a step by formula."""
     found = dataclasses.asdict(estimate.of(job, choice))
-    return {"memory_gib": found.pop("memory")} | {f"seconds_{name}": value for name, value in found.items()}
+    taken = {"memory_gib": found.pop("memory")} | {name: found.pop(name) for name in ("wire_gib", "matrix_pflop")}
+    return taken | {f"seconds_{name}": value for name, value in found.items()}
 
 
 def main(_) -> None:
     output.quiet_libraries()
     job, choice = asked()
+    if SEARCH.value and job.mode == "conversion":
+        raise ValueError(
+            "--search lays out steps; a conversion lies as the step that it is for: give that one's --mesh and --placement"
+        )
     parameters = accounting.parameters(job.config)
     results = {name: flag.value for name, flag in (("model", MODEL), ("mode", MODE), ("topology", TOPOLOGY))}
     mesh = choice.flags()[0].removeprefix("--mesh=")
-    results |= {"batch": job.batch, "length": job.length, "mesh": mesh, "placement": choice.placement.name}
-    results |= {"remat": choice.remat, "accumulation": choice.accumulation} if job.mode == "train" else {}
+    results |= {"batch": job.batch, "length": job.length} if job.tokens else {}
+    results |= {"mesh": mesh, "placement": choice.placement.name}
+    varied = ("remat", "accumulation", "kept_in") if job.mode == "train" else ()
+    results |= {name: getattr(choice, name) for name in varied}
     results |= {"parameters": parameters.total, "active_parameters": parameters.active, "devices": job.size}
     results |= {"closed_form": rough(job, choice)}
     if CLOSED_FORM.value:
@@ -161,7 +184,7 @@ def main(_) -> None:
     results |= found[0].outcome | {"verdict": advice(job, choice, found)}
     if SEARCH.value:
         show(found)
-        results |= {"search": {str(rank): short(each) for rank, each in enumerate(search.ranked(found), 1)}}
+        results |= {"search": {str(rank): short(each) for rank, each in enumerate(search.ranked(found, within()), 1)}}
     output.finish(results)
 
 

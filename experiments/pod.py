@@ -106,7 +106,7 @@ def plan(recipe: Recipe) -> dict:
     shape = {"topology": recipe.topology, "batch": recipe.batch, "length": recipe.length}
     question = job.Job(config=recipe.config(), mode="train", training=settings, **shape)
     mesh = device_mesh(recipe, placement, question.devices)
-    choice = job.Choice.of(mesh, placement=placement, remat=settings.remat, accumulation=settings.accumulation)
+    choice = job.Choice.of(mesh, placement, settings)
     parameters = accounting.parameters(question.config)
     results = {"model": recipe.model} | shape | {"devices": len(question.devices), "flags": " ".join(choice.flags())}
     results |= {"parameters": parameters.total, "active_parameters": parameters.active}

@@ -17,7 +17,7 @@ import math
 from llama4_jax.config import Attention, FeedForward, layer_kinds
 from llama4_jax.config.train import REMAT
 from llama4_jax.model import accounting
-from llama4_jax.plan import memory, report, topology
+from llama4_jax.plan import conversion, memory, report, topology
 from llama4_jax.plan.job import Choice, Job
 
 BYTES = 2  # of a number that is gathered, sent or computed with: bfloat16
@@ -27,38 +27,53 @@ SUMS = 8  # of a layer's activations over `tensor` in a training step: three for
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Of one device: GiB at most, and seconds of a step by each limit."""
+    """Of one device: GiB at most, what a step takes, and its seconds by each limit."""
 
     memory: float
+    wire_gib: float
+    matrix_pflop: float  # of products besides attention
     products: float
     hbm: float
     wire: float
+    host: float = 0.0
 
     @property
     def seconds(self) -> tuple[float, float]:
         """By the slowest limit, and all together where that is equal: what choices are ordered by."""
-        limits = self.products, self.hbm, self.wire
+        limits = self.products, self.hbm, self.wire, self.host
         return max(limits), sum(limits)
 
 
 def of(job: Job, choice: Choice) -> Estimate:
     """The estimate of a step. Sizes need not divide the mesh: whether they do is for `search` to see."""
-    held, read, sent = (_training if job.mode == "train" else _serving)(job, choice)
+    held, read, sent = {"train": _training, "conversion": _conversion}.get(job.mode, _serving)(job, choice)
     device = topology.device(job.topology)
+    flops, attention = _flops(job, choice), job.attention_flops(choice)
     return Estimate(
         memory=held / memory.GIB,
-        products=_flops(job, choice) / device.flops,
+        wire_gib=sent / memory.GIB,
+        matrix_pflop=flops / 1e15,
+        products=(flops + attention) / device.flops,
         hbm=read / device.hbm,
         wire=sent / device.link,
+        host=host_bytes(job, choice) / device.host,
     )
 
 
+def host_bytes(job: Job, choice: Choice) -> float:
+    """Bytes that a device sends to the memory of its host and fetches again in a step."""
+    if job.mode != "train" or choice.kept_in == "device":
+        return 0.0
+    kept = memory.kept_between(job.config.text, job.settings(choice), job.own_tokens(choice), BYTES)
+    return 2 * choice.accumulation * kept
+
+
 def _flops(job: Job, choice: Choice) -> float:
-    """A device's products, those that are computed again included."""
+    """A device's products besides attention, those that are computed again included."""
     again = 2 * _weights_again(job, choice) * job.tokens / job.size if job.mode == "train" else 0
     passes = 3 if job.mode == "train" else 1
     forward = accounting.forward_flops(job.config, job.length) - report.attention_flops(job.config, job.length, 1, 1)
-    return passes * forward * job.tokens / job.size + again + job.attention_flops(choice)
+    return passes * forward * job.tokens / job.size + again
 
 
 def _weights_again(job: Job, choice: Choice) -> float:
@@ -93,6 +108,15 @@ def _training(job: Job, choice: Choice) -> tuple[float, float, float]:
     # Each layer's activations are written and read, forward and backward, as are weights that were gathered.
     read = 2 * choice.accumulation * (3 * (dense + routed) + 2 * text.num_layers * own * memory.kept_bytes(text, BYTES))
     return weights + need.activations + need.workspace / tensor, read, gathered + reduced + travelling
+
+
+def _conversion(job: Job, choice: Choice) -> tuple[float, float, float]:
+    """The same of parameters made of a checkpoint in bfloat16: both are there at once, and nothing is sent."""
+    count, tensor = accounting.parameters(job.config), choice.sizes["tensor"]
+    routed = count.routed_experts / choice.ways("experts") / choice.ways("expert_embed")
+    weights = (routed + (count.total - count.routed_experts) / choice.ways("embed")) / tensor
+    held = (BYTES + conversion.dtype(choice.placement).itemsize) * weights
+    return held, held, 0.0
 
 
 def _rows(job: Job, choice: Choice) -> float:

@@ -16,25 +16,28 @@ from llama4_jax.config.train import TrainConfig
 from llama4_jax.core import partitioning
 from llama4_jax.core.partitioning import MESH_AXES, Placement, TimeOrder
 from llama4_jax.model import accounting
-from llama4_jax.plan import memory, programs, report, topology
+from llama4_jax.plan import conversion, memory, programs, report, topology
 from llama4_jax.plan.compiler import Answers
 
-MODES = ("train", "prefill", "decode")
+MODES = ("train", "prefill", "decode", "conversion")
 PLACEMENTS = {each.name: each for each in (partitioning.TRAIN, partitioning.LONG, partitioning.SERVE)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a search varies. `mesh` holds the axes above 1, in the mesh's order; the last two fields are of training."""
+    """What a search varies. `mesh` holds the axes above 1, in the mesh's order; the last three fields are of training."""
 
     mesh: tuple[tuple[str, int], ...]
     placement: Placement
     remat: str = "block"
     accumulation: int = 1
+    kept_in: str = "device"
 
     @classmethod
-    def of(cls, mesh: Mesh, **rest) -> Choice:
-        return cls(mesh=tuple((axis, size) for axis, size in mesh.shape.items() if size > 1), **rest)
+    def of(cls, mesh: Mesh, placement: Placement, training: TrainConfig) -> Choice:
+        varied = {name: getattr(training, name) for name in ("remat", "accumulation", "kept_in")}
+        axes = tuple((axis, size) for axis, size in mesh.shape.items() if size > 1)
+        return cls(mesh=axes, placement=placement, **varied)
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -50,10 +53,10 @@ class Choice:
         return 1.0 if self.placement.order is TimeOrder.ZIGZAG else 2 - 1 / self.ways("time")
 
     def flags(self) -> tuple[str, ...]:
-        """As `experiments.plan` takes them: mesh, placement, remat, accumulation."""
+        """As `experiments.plan` takes them: mesh, placement, remat, accumulation, kept_in."""
         mesh = ",".join(f"{axis}={size}" for axis, size in self.mesh) or "fsdp=1"
         found = (f"--mesh={mesh}", f"--placement={self.placement.name}", f"--remat={self.remat}")
-        return (*found, f"--train accumulation={self.accumulation}")
+        return (*found, f"--train accumulation={self.accumulation}", f"--train kept_in={self.kept_in}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,7 @@ class Job:
     """What is asked, however it is laid out.
 
     batch: rows, over all devices and microbatches; length: tokens of a row, in decoding slots of the cache.
-    training: of a training step; remat and accumulation are the choice's.
+    training: of a training step; remat, accumulation and kept_in are the choice's.
     """
 
     config: Llama4Config
@@ -82,13 +85,17 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        return self.batch * (1 if self.mode == "decode" else self.length)
+        """Of a step, over all devices; a conversion reads none."""
+        return {"decode": self.batch, "conversion": 0}.get(self.mode, self.batch * self.length)
 
     def settings(self, choice: Choice) -> TrainConfig:
-        return dataclasses.replace(self.training, remat=choice.remat, accumulation=choice.accumulation)
+        varied = {"remat": choice.remat, "accumulation": choice.accumulation, "kept_in": choice.kept_in}
+        return dataclasses.replace(self.training, **varied)
 
     def lower(self, choice: Choice, mesh: Mesh) -> programs.Step:
         """The program; raises ValueError where sizes do not divide the mesh."""
+        if self.mode == "conversion":
+            return conversion.lower(self.config, mesh, placement=choice.placement)
         rows = {"batch": self.batch, "length": self.length, "placement": choice.placement}
         if self.mode == "train":
             return programs.train(self.config, self.settings(choice), mesh, **rows)
@@ -104,12 +111,17 @@ class Job:
             return found | {"fits": False, "over_gib": answer.over}
         sizes, counts = report.memory(answer, step.arguments), report.counts(answer.text, mesh)
         attention, model = self.attention_flops(choice), self.model_flops()
-        estimates = report.estimates(device, counts, attention, model, self.tokens)
+        to_host = 2 * answer.on_host * choice.accumulation  # there and back, in each microbatch
+        estimates = report.estimates(device, counts, attention, model, self.tokens, to_host)
         # The compiler's own estimate counts loop bodies once, and is negative where it knows none.
         stated = {"compiler_seconds_loop_bodies_once": answer.schedule_seconds} if answer.schedule_seconds > 0 else {}
         over = sizes["peak"] - device.memory
+        if self.mode == "conversion":
+            found |= {"read_by_a_host_gib": conversion.read_by_host(step.arguments["checkpoint"]) / report.GIB}
+        else:
+            sizes |= {"activations_by_formula": self.activations(choice) / report.GIB}
         return found | {
-            "memory_gib": sizes | {"activations_by_formula": self.activations(choice) / report.GIB},
+            "memory_gib": sizes,
             "work_of_a_device": report.work(counts),
             "attention_pflop_by_formula": attention / 1e15,
             "estimate_not_measured": estimates | stated,

@@ -178,6 +178,14 @@ def kept_bytes(text: TextConfig, number: int) -> float:
     return number * sum(_saved(text, kind) for kind in kinds) / len(kinds)
 
 
+def kept_between(text: TextConfig, settings: TrainConfig, tokens: int, number: int) -> float:
+    """Bytes that `tokens` tokens keep from forward to backward: each layer's input, and what the policy names."""
+    names, entries = REMAT[settings.remat], number * tokens * text.embed_dim * text.num_layers
+    if names is None:
+        return entries + sum(_layers(text, tokens, number))
+    return entries + number * tokens * sum(_named(text, kind, names) for kind in layer_kinds(text))
+
+
 def _in_scope(config: Llama4Config, scope: Scope) -> int:
     count = accounting.parameters(config)
     if scope is Scope.EXPERTS:
@@ -209,17 +217,21 @@ def _forward(text: TextConfig, batch: int, new: int, context: int) -> float:
 
 def _training(text: TextConfig, settings: TrainConfig, tokens: int, number: int) -> float:
     """Bytes of activations at the widest point of a step over `tokens` tokens, in numbers of `number` bytes."""
-    kinds, names = layer_kinds(text), REMAT[settings.remat]
-    saved = [number * tokens * _saved(text, kind) + 4 * tokens * text.attention.num_heads for kind in kinds]
+    kinds = layer_kinds(text)
     backward = tokens * max(_backward(text, kind, number) for kind in kinds)
-    entries = number * tokens * text.embed_dim * text.num_layers  # what each layer starts from
     logits = min(tokens * text.vocab_size, settings.logits_limit) * (4 + number)
-    if names is None:
-        return entries + sum(saved) + max(backward, logits)
-    kept = number * tokens * sum(_named(text, kind, names) for kind in kinds)
+    between = kept_between(text, settings, tokens, number)
+    if REMAT[settings.remat] is None:
+        return between + max(backward, logits)
     if settings.kept_in == "host":  # but for what the layer at work reads
-        entries, kept = entries / len(kinds), kept / len(kinds)
-    return entries + kept + max(max(saved) + backward, logits)
+        between /= len(kinds)
+    return between + max(max(_layers(text, tokens, number)) + backward, logits)
+
+
+def _layers(text: TextConfig, tokens: int, number: int) -> list[float]:
+    """Bytes that the gradient of each layer keeps, besides the layer's input, of `tokens` tokens."""
+    sums = 4 * tokens * text.attention.num_heads  # of the softmax, their logarithms in float32
+    return [number * tokens * _saved(text, kind) + sums for kind in layer_kinds(text)]
 
 
 def _named(text: TextConfig, kind: LayerKind, names: tuple[str, ...]) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
+
 from llama4_jax.plan.hlo import Computation, Instruction
 
 
@@ -78,13 +80,16 @@ def _window(text: str) -> dict[str, list]:
 
 
 def _valid_pairs(left, right, out, stride=1, padding=0, left_dilation=1, right_dilation=1) -> int:
-    """Pairs (place in the kernel, place in the result) along one axis that meet a number of the left operand."""
-    if stride == left_dilation == right_dilation == 1 and padding == 0 and out + right - 1 == left:
-        return out * right
+    """Pairs (place in the kernel, place in the result) along one axis that meet a number of the left operand.
+
+    They meet position `place * stride + offset` of the dilated operand, which has a number at multiples of its dilation.
+    """
+    offsets = np.arange(right) * right_dilation - padding
     end = (left - 1) * left_dilation + 1
-    total = 0
-    for k in range(right):
-        offset = k * right_dilation - padding
-        places = (place * stride + offset for place in range(out))
-        total += sum(0 <= place < end and place % left_dilation == 0 for place in places)
-    return total
+    low = np.maximum(-(offsets // stride), 0)  # the first place at or after position 0
+    high = np.minimum((end - 1 - offsets) // stride, out - 1)
+    common = math.gcd(stride, left_dilation)
+    period = left_dilation // common  # a number is met every so many places, or never
+    first = (-offsets // common) * pow(stride // common, -1, period) % period
+    met = np.where(offsets % common == 0, (high - first) // period - (low - 1 - first) // period, 0)
+    return int(np.where(high >= low, met, 0).sum())

@@ -1,8 +1,9 @@
 """A compiled step as numbers for people: memory by kind, work, and a step's time if everything overlapped perfectly.
 
 Times are estimates of a roofline, not measurements: products at the stated rate, each byte of HBM and of the wire at the
-stated bandwidth along one axis of the torus, and the slowest of the three. Attention is counted by formula, over the keys
-that the mask leaves in one document of `length` tokens, because its loops depend on data.
+stated bandwidth along one axis of the torus, what waits on the host at an assumed one, and the slowest of the four.
+Attention is counted by formula, over the keys that the mask leaves in one document of `length` tokens, because its loops
+depend on data.
 """
 
 from __future__ import annotations
@@ -74,19 +75,23 @@ def attention_passes(remat: str, rows: str) -> float:
     return 1 + BACKWARD_PASSES[rows] + (kept is not None and "attended" not in kept)
 
 
-def estimates(device: Device, found: Counts, attention: float, model_flops: float, tokens: float) -> dict[str, float]:
-    """Seconds of one step by each limit, and what they would make of it; estimates, not measured."""
+def estimates(
+    device: Device, found: Counts, attention: float, model_flops: float, tokens: float, host_bytes: float = 0.0
+) -> dict[str, float]:
+    """Seconds of one step by each limit, and what they would make of it; estimates, not measured.
+
+    host_bytes: what goes to the memory of the host and comes back.
+    """
     seconds = {
         "products": (found.matrix_flops + attention) / device.flops,
         "hbm": found.hbm_bytes / device.hbm,
         "wire": found.wire_bytes / device.link,
+        "host": host_bytes / device.host,
     }
     step = max(seconds.values())
-    return {f"seconds_{name}": value for name, value in seconds.items()} | {
-        "seconds_step": step,
-        "tokens_per_second": tokens / step,
-        "mfu": model_flops / step / device.flops,
-    }
+    times = {f"seconds_{name}": value for name, value in seconds.items()} | {"seconds_step": step}
+    rates = {"tokens_per_second": tokens / step, "mfu": model_flops / step / device.flops}
+    return times | (rates if tokens else {})
 
 
 def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:

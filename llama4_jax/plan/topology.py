@@ -21,12 +21,17 @@ from llama4_jax.plan.chips import CHIPS, Chip
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-    """flops (bfloat16) a second, hbm and link in bytes a second; memory in GiB, as `plan.chips` has it of the chip."""
+    """flops (bfloat16) a second, hbm, link and host in bytes a second; memory in GiB, as `plan.chips` has it of the chip.
+
+    host: between a device and the memory of its host, each way by turns. Makers do not state it; this is what "How to scale
+    your model" (jax-ml.github.io/scaling-book, part 2) reckons with for PCIe.
+    """
 
     chip: Chip
     flops: float
     hbm: float
     link: float
+    host: float = 15e9
 
     @property
     def memory(self) -> float:

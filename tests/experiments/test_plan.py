@@ -59,3 +59,14 @@ def test_what_does_not_fit_is_told_a_change_that_was_compiled_and_does(script, t
 def test_an_unknown_topology_names_those_that_are_known(script, tmp_path):
     process = script("plan", "--topology=v9:2x2", status=1)
     assert "use one of v5e, v5p, v6e, tpu7x" in process.stderr
+
+
+def test_a_conversion_exchanges_nothing_and_its_hosts_read_each_part_of_the_files_once(script, tmp_path):
+    found, printed = plan(script, tmp_path, "--mode=conversion", "--mesh=fsdp=2,expert=2")
+    memory = found["memory_gib"]
+    assert found["fits"] is True and found["work_of_a_device"]["wire_gib"] == 0
+    assert memory["parameters"] == pytest.approx(2 * memory["checkpoint"])  # float32 of bfloat16
+    assert memory["checkpoint"] + memory["parameters"] <= memory["peak"]
+    # All four chips have one host, which reads all of the files.
+    assert found["read_by_a_host_gib"] == pytest.approx(found["parameters"] * 2 / 2**30, rel=1e-6)
+    assert "mfu" not in printed and "tokens_per_second" not in printed

@@ -22,23 +22,34 @@ SHALLOW = dataclasses.replace(SCOUT, config=configs.apply(presets.scout(), ["tex
 ASKED = Choice(mesh=(("fsdp", 8), ("expert", 16)), placement=partitioning.TRAIN)
 
 
-def tried(choice: Choice, *, job: Job = SHALLOW, peak: float = 10.0, seconds: float = 1.0, over: float = 0.0) -> Tried:
+def tried(
+    choice: Choice, *, job: Job = SHALLOW, peak: float = 10.0, seconds: float = 1.0, over: float = 0.0, **work: float
+) -> Tried:
     """A choice with an outcome such as `Job.outcome` gives."""
     outcome = {"fits": not over, "over_gib": over}
     if not over:
         outcome |= {"memory_gib": {"peak": peak}, "estimate_not_measured": {"seconds_step": seconds}}
+        outcome |= {"work_of_a_device": {"wire_gib": 1.0, "matrix_pflop": 1.0} | work}
     return Tried(choice, estimate.of(job, choice), outcome)
 
 
-def test_every_candidate_uses_all_devices_and_divides_every_size():
-    found = search.candidates(SHALLOW, ASKED)
+@pytest.fixture(scope="module")
+def expected() -> dict[Choice, estimate.Estimate]:
+    """The closed form of every candidate."""
+    return search.estimates(SHALLOW, ASKED)
+
+
+def test_every_candidate_uses_all_devices_and_divides_every_size(expected):
+    found = list(expected)
     assert len(found) == len(set(found)) and ASKED in found
     assert all(math.prod(dict(choice.mesh).values()) == 128 for choice in found)
     assert {choice.sizes["tensor"] for choice in found} == {1, 2, 4, 8}  # divisors of 8 key-value heads and of 128
     assert {choice.sizes["expert"] for choice in found} == {1, 2, 4, 8, 16}  # of 16 experts
     rows = [SHALLOW.batch // choice.accumulation / choice.ways("batch") for choice in found]
     assert all(row == int(row) >= 1 for row in rows)
-    assert {choice.remat for choice in found} == set(REMAT)
+    # Each policy keeps things on the device or on its host, but that which keeps everything.
+    policies = {(choice.remat, choice.kept_in) for choice in found}
+    assert policies == {(name, "device") for name in REMAT} | {(name, "host") for name in set(REMAT) - {"none"}}
 
 
 def test_one_long_row_is_shared_by_all_devices_or_not_at_all():
@@ -69,9 +80,8 @@ def test_the_nearest_that_fits_changes_the_fewest_flags_and_the_fastest_ranks_fi
     assert search.distance(ASKED, other) == 2 and search.distance(ASKED, ASKED) == 0
 
 
-def test_what_is_promising_should_fit_and_comes_fastest_first():
-    need = estimate.of(SHALLOW, ASKED).memory
-    expected = search.estimates(SHALLOW, ASKED)
+def test_what_is_promising_should_fit_and_comes_fastest_first(expected):
+    need = expected[ASKED].memory
     fits = search.promising(SHALLOW, [tried(ASKED, peak=need)], expected)
     seconds = [expected[choice].seconds for choice in fits]
     assert seconds == sorted(seconds) and ASKED in fits
@@ -79,6 +89,29 @@ def test_what_is_promising_should_fit_and_comes_fastest_first():
     fewer = search.promising(SHALLOW, [tried(ASKED, peak=10 * need), tried(ASKED, peak=need)], expected)
     assert ASKED in fewer and set(fewer) < set(fits)
     assert all(10 * expected[choice].memory <= 95 for choice in fewer)
+
+
+def test_limits_leave_out_what_is_expected_to_exceed_them_and_rank_below_what_did(expected):
+    found = [tried(ASKED, peak=10.0, seconds=2.0), tried(dataclasses.replace(ASKED, remat="none"), peak=30.0)]
+    limits = search.Limits(peak=20.0)
+    assert search.ranked(found) == found[::-1] and search.ranked(found, limits) == found
+    assert search.nearest_fit(found[1:], limits) is None and search.nearest_fit(found[1:]) is found[1]
+    # What was compiled sends four times of what was expected, so a quarter of the limit is the most that may be expected.
+    sent = expected[ASKED].wire_gib
+    kept = search.promising(SHALLOW, [tried(ASKED, wire_gib=4 * sent)], expected, search.Limits(wire=8 * sent))
+    assert ASKED in kept and set(kept) < set(search.promising(SHALLOW, [tried(ASKED)], expected))
+    assert all(expected[choice].wire_gib <= 2 * sent for choice in kept)
+
+
+def test_scouts_targets_lead_to_gate_and_up_of_the_shared_experts_on_the_host():
+    policies = [dataclasses.replace(ASKED, remat=remat, kept_in="host") for remat in REMAT if remat != "none"]
+    policies += [dataclasses.replace(ASKED, remat=remat) for remat in REMAT]
+    expected = {choice: estimate.of(SCOUT, choice) for choice in policies}
+    compiled = tried(ASKED, job=SCOUT, peak=29.7, wire_gib=118.0, matrix_pflop=1.95)
+    targets = search.Limits(peak=37.0, wire=200.0, products=0.9 * 2.05)
+    (found,) = search.promising(SCOUT, [compiled], expected, targets)
+    assert found == dataclasses.replace(ASKED, remat="shared", kept_in="host")
+    assert expected[found].host * 15e9 / 2**30 == pytest.approx(63, rel=0.01)  # GiB there and back, as compiled
 
 
 def test_advice_without_compiling_changes_one_flag_where_one_is_enough():
