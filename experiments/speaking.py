@@ -14,8 +14,10 @@ from llama4_jax import checkpoint, infer
 from llama4_jax import config as configs
 from llama4_jax import tokenizer as tokenizers
 from llama4_jax.checkpoint import native, store
+from llama4_jax.config.train import QatConfig
 from llama4_jax.core import names
 from llama4_jax.model import Llama4
+from llama4_jax.train import qat
 
 MODEL = flags.DEFINE_string("model", "runs/nano", "folder of a run, or a checkpoint: ours or Hugging Face's")
 TOKENIZER = flags.DEFINE_string(
@@ -51,6 +53,8 @@ def load(folder: pathlib.Path, dtype: str) -> Llama4:
     params, records = store.load_params(folder / "checkpoints")
     config = configs.from_dict(configs.Llama4Config, records["model_config"])
     structure, _ = names.split(jax.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0))))
+    rounding = configs.from_dict(QatConfig, records["train_config"].get("qat", {}))
+    params = qat.packed(params, rounding)  # as products saw them
     return structure.merge({name: array.astype(dtype) for name, array in params.items()})
 
 

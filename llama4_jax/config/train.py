@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from llama4_jax.config.quant import PRESETS, QuantRecipe
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -40,6 +42,31 @@ REMAT = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class QatConfig:
+    """Quantisation-aware training: from step `start` on, products see weights as `recipe` will leave them; see `train.qat`."""
+
+    recipe: str | None = None  # a name in config.quant.PRESETS; None: no rounding at all
+    group: int | None = 128  # inputs that share a scale; small models want 32; None: one scale an output
+    start: int = 0  # the first step that rounds
+    gradual: int = 0  # steps from there on in eight bits, before the four of the recipe
+    ranges: str = "minmax"  # of each block, from its weights; "learned": times a share that is trained
+
+    def __post_init__(self):
+        _member(self, "recipe", (None, *PRESETS))
+        _member(self, "ranges", ("minmax", "learned"))
+        _not_negative(self, "start", "gradual")
+        if self.gradual and not (self.recipe and any(spec.values == "int4" for _, spec in self.preset.rules)):
+            raise ValueError(
+                f"QatConfig.gradual={self.gradual} wants a recipe in four bits, got recipe={self.recipe!r}"
+            )
+
+    @property
+    def preset(self) -> QuantRecipe:
+        """The recipe of that name, with this group."""
+        return PRESETS[self.recipe](self.group)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run, apart from the model and the data."""
 
@@ -59,6 +86,7 @@ class TrainConfig:
     keep: int = 3  # checkpoints kept, newest first
     on_nan: str = "stop"  # "stop", or "rollback": back to the last checkpoint, without the offending batch
     seed: int = 0  # of the generator handed to the objective
+    qat: QatConfig = dataclasses.field(default_factory=QatConfig)  # rounding to few bits while training; off by default
 
     def __post_init__(self):
         _member(self, "compute_dtype", ("float32", "bfloat16"))
@@ -69,6 +97,10 @@ class TrainConfig:
         _member(self, "on_nan", ("stop", "rollback"))
         _positive(self, "steps", "accumulation", "logits_limit", "log_every", "save_every", "keep")
         _not_negative(self, "z_loss", "balance_loss", "router_z_loss", "bias_rate")
+        if self.qat.recipe and self.qat.start >= self.steps:
+            raise ValueError(
+                f"qat.start={self.qat.start} is past the last of steps={self.steps}: nothing would be rounded"
+            )
 
 
 def _member(config, name: str, allowed: tuple[str, ...]) -> None:

@@ -22,6 +22,8 @@ from einops import rearrange
 
 from llama4_jax.config.train import REMAT, TrainConfig
 from llama4_jax.core import partitioning
+from llama4_jax.core.quantized import QuantizedArray
+from llama4_jax.kernels import int4_matmul
 from llama4_jax.model.decoder import BLOCK_INPUT
 from llama4_jax.train import spread_loss
 
@@ -70,8 +72,7 @@ def next_token(model, batch: dict[str, jax.Array], rng: jax.Array, *, config: Tr
     )
     weights = batch["loss_weights"].astype(jnp.float32)
     total, nll = cross_entropy(
-        out.hidden,
-        model.unembedding(),
+        *_factors(out.hidden, model.unembedding()),
         batch["targets"],
         weights,
         z_loss=config.z_loss,
@@ -85,6 +86,13 @@ def next_token(model, batch: dict[str, jax.Array], rng: jax.Array, *, config: Tr
     if "load" in out.aux and out.aux["load"].size:
         sums["load"] = weight * jax.lax.stop_gradient(out.aux["load"])  # [l e]
     return Terms(total + weight * router_loss, weight, sums)
+
+
+def _factors(hidden: jax.Array, unembedding: jax.Array | QuantizedArray) -> tuple[jax.Array, jax.Array]:
+    """What chunks of logits are the product of; of an unembedding in few bits what it stands for, and rows as it wants them."""
+    if not isinstance(unembedding, QuantizedArray):
+        return hidden, unembedding
+    return int4_matmul.rounded(hidden, unembedding.activations), unembedding.astype(hidden.dtype).dequantize()
 
 
 def rematerialisation(name: str, kept_in: str = "device"):

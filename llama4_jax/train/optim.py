@@ -27,7 +27,7 @@ class Role(enum.Enum):
     MATRIX = "matrix"  # projections: decayed; by Muon if chosen
     EDGE = "edge"  # projections at the model's edges, the router, factors of adapters: decayed, never by Muon
     EMBEDDING = "embedding"  # rows looked up: decay would shrink the rows that are rarely seen
-    VECTOR = "vector"  # scales and biases
+    VECTOR = "vector"  # scales, biases and learned ranges
     FROZEN = "frozen"  # moved by something other than gradients
 
 
@@ -41,6 +41,7 @@ _ROLES = {
     "class_embedding": Role.EMBEDDING,
     "position_embedding": Role.EMBEDDING,
     "scale": Role.VECTOR,
+    "range": Role.VECTOR,
     "bias": Role.VECTOR,
     "selection_bias": Role.FROZEN,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from llama4_jax.config.train import TrainConfig
 from llama4_jax.core import names
 from llama4_jax.core.partitioning import TRAIN, Placement
 from llama4_jax.model import Llama4
-from llama4_jax.train import losses, optim, step
+from llama4_jax.train import losses, optim, qat, step
 from llama4_jax.train.feed import Loader
 from llama4_jax.train.loop import Callback, train
 from llama4_jax.train.state import create
@@ -38,20 +39,30 @@ def run(
     loss with the weights of `config`. mesh: on which `model` was initialised or loaded, if on one; placement: how batches
     lie on it, such as `partitioning.LONG` for few and long rows. Callbacks get parameters by name:
     `core.names.split(model)[0].merge` makes a model of them, best inside the jitted function that uses it.
+
+    With `config.qat` callbacks get parameters as products see them, and the model that is returned has them in few bits; the
+    weights in full precision are in the last checkpoint.
     """
     structure, params = names.split(model)
     objective = objective or functools.partial(losses.next_token, config=config)
     optimizer = optim.make(config.optimizer, config.steps)
     state = train(
-        create(params, optimizer, seed=config.seed),
+        create(qat.prepared(params, config.qat), optimizer, seed=config.seed),
         step.make(structure, objective, optimizer, config, model.config.text),
         loader,
         config,
         folder=folder,
-        callbacks=callbacks,
+        callbacks=[_seeing(callback, config) for callback in callbacks],
         records={"model_config": to_dict(model.config)} | dict(records or {}),
         mesh=mesh,
         placement=placement,
         chunk_size=model.config.text.attention.chunk_size,
     )
-    return structure.merge(state.params)
+    return structure.merge(qat.packed(state.params, config.qat))
+
+
+def _seeing(callback: Callback, config: TrainConfig) -> Callback:
+    """A callback that gets what products see at its step."""
+    return dataclasses.replace(
+        callback, run=lambda params, step: callback.run(qat.seen(params, config.qat, step), step)
+    )

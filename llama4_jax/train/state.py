@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+
+from llama4_jax.core.quantized import QuantizedArray
 
 Params = dict[str, jax.Array]
 
@@ -44,7 +47,13 @@ def cast(params: Params, dtype) -> Params:
     Modules compute in the dtype of their weights, so this is all that mixed precision takes; the gradients come back
     in the dtype of the master weights.
     """
-    return {name: value if name.endswith(_ALWAYS_FLOAT32) else value.astype(dtype) for name, value in params.items()}
+    return {name: value if name.endswith(_ALWAYS_FLOAT32) else _in(value, dtype) for name, value in params.items()}
+
+
+def _in(value: jax.Array | QuantizedArray, dtype) -> jax.Array | QuantizedArray:
+    if isinstance(value, QuantizedArray):  # of its few bits no dtype loses any; scales are for float32
+        return dataclasses.replace(value.astype(dtype), values=value.values.astype(dtype))
+    return value.astype(dtype)
 
 
 def shardings(state: TrainState, places: Mapping[str, NamedSharding]) -> TrainState:
@@ -59,6 +68,16 @@ def shardings(state: TrainState, places: Mapping[str, NamedSharding]) -> TrainSt
         return places[owner] if owner is not None and state.params[owner].shape == leaf.shape else whole
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def divided(place: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """Where an array lives that has an entry for each block of one at `place`: as that, but whole along axes too short to cut."""
+
+    def part(axes, size: int):
+        axes_of = (axes,) if isinstance(axes, str) else axes or ()
+        return None if size % math.prod(place.mesh.shape[axis] for axis in axes_of) else axes
+
+    return NamedSharding(place.mesh, PartitionSpec(*map(part, place.spec, shape)))
 
 
 def _key(entry: Any) -> Any:

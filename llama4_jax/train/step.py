@@ -17,9 +17,10 @@ from llama4_jax.config import FeedForward, TextConfig, layer_kinds
 from llama4_jax.config.train import TrainConfig
 from llama4_jax.core import partitioning
 from llama4_jax.core.names import Structure, split
-from llama4_jax.train import optim
+from llama4_jax.quant import fake
+from llama4_jax.train import optim, qat
 from llama4_jax.train.losses import Terms
-from llama4_jax.train.state import Params, TrainState, cast, shardings
+from llama4_jax.train.state import Params, TrainState, cast, divided, shardings
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -54,10 +55,14 @@ def make(
     def step(state: TrainState, batch: Batch):
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         places = _places(structure, state.params)
-        # Cast where they lie: what is gathered is in the compute dtype, and so is what gradients travel and rest in.
-        params = _placed(cast(state.params, dtype), places)
-        gradients, terms = _accumulate(jax.grad(loss, has_aux=True), params, batch, rng, config.accumulation)
-        gradients = _placed(gradients, places)
+
+        def gradient(params: Params):
+            # Cast where they lie: what is gathered is in the compute dtype, and so is what gradients travel and rest in.
+            params = _placed(cast(params, dtype), places)
+            gradients, terms = _accumulate(jax.grad(loss, has_aux=True), params, batch, rng, config.accumulation)
+            return _placed(gradients, places), terms
+
+        gradients, terms = qat.through(gradient, state.params, config.qat, state.step)
         # A batch without a single weighted token is a step without a gradient, not a division by zero.
         weight = jnp.where(terms.weight > 0, terms.weight, 1.0)
         metrics = {name: total / weight for name, total in terms.sums.items()}
@@ -104,11 +109,23 @@ def _places(structure: Structure, params: Params) -> dict[str, NamedSharding] | 
     mesh = partitioning.mesh_in_use()
     if mesh is None:
         return None
-    return split(partitioning.shardings(structure.merge(params), partitioning.TRAIN, mesh))[1]
+    model = structure.merge(fake.exact(params))
+    places = split(partitioning.shardings(model, partitioning.TRAIN, mesh))[1]
+    ranges = {name: places[name.removesuffix(fake.RANGE)] for name in params if name.endswith(fake.RANGE)}
+    return places | {name: divided(place, params[name].shape) for name, place in ranges.items()}
 
 
 def _placed(params: Params, places: dict[str, NamedSharding] | None) -> Params:
-    return params if places is None else jax.lax.with_sharding_constraint(params, places)
+    """Parameters, or what products see of them: scales lie with their values."""
+    if places is None:
+        return params
+
+    def place(name: str, leaf):
+        return jax.tree.map(
+            lambda part: jax.lax.with_sharding_constraint(part, divided(places[name], part.shape)), leaf
+        )
+
+    return {name: place(name, leaf) for name, leaf in params.items()}
 
 
 def _placed_state(state: TrainState, places: dict[str, NamedSharding] | None) -> TrainState:

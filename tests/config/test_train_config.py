@@ -2,7 +2,8 @@
 
 import pytest
 
-from llama4_jax.config.train import TrainConfig
+from llama4_jax import config as configs
+from llama4_jax.config.train import QatConfig, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -15,3 +16,24 @@ from llama4_jax.config.train import TrainConfig
 def test_what_cannot_be_kept_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(steps=1, **change)
+
+
+@pytest.mark.parametrize(
+    "rounding, message",
+    [
+        ({"recipe": "int3"}, "QatConfig.recipe='int3'; use one of None, 'int4_all'"),
+        ({"recipe": "int4_all", "ranges": "guessed"}, "ranges='guessed'; use one of 'minmax', 'learned'"),
+        ({"recipe": "int8", "gradual": 5}, "gradual=5 wants a recipe in four bits, got recipe='int8'"),
+        ({"recipe": "int4_all", "start": 9}, "qat.start=9 is past the last of steps=9"),
+    ],
+)
+def test_rounding_that_could_not_be_is_refused(rounding, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(steps=9, qat=QatConfig(**rounding))
+
+
+def test_rounding_is_off_by_default_and_switched_on_by_overrides():
+    assert TrainConfig(steps=9).qat.recipe is None
+    changes = ["qat.recipe=w4a8", "qat.group=32", "qat.start=5", "qat.ranges=learned"]
+    config = configs.apply(TrainConfig(steps=9), changes)
+    assert config.qat == QatConfig(recipe="w4a8", group=32, start=5, ranges="learned")
