@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from llama4_jax.core.quantized import QuantizedArray
+
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
@@ -42,6 +44,15 @@ def split(model: nnx.Module) -> tuple[Structure, dict[str, jax.Array]]:
         repeated = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"two parameters share a name: {repeated}")
     return Structure(treedef, names), dict(zip(names, (leaf for _, leaf in leaves)))
+
+
+def held(model: nnx.Module) -> dict[str, jax.Array | QuantizedArray]:
+    """What each parameter holds, by the names that `split` gives a model of plain arrays: a `QuantizedArray` is one of them.
+
+    `Structure.merge` of such a model takes it.
+    """
+    leaves = jax.tree.leaves_with_path(model, is_leaf=lambda node: isinstance(node, QuantizedArray))
+    return {_name(path): leaf for path, leaf in leaves}
 
 
 def _name(path) -> str:

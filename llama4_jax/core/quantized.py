@@ -169,11 +169,18 @@ def _straight_through(values, symmetric, primals, tangents):
     return rounded, jnp.where(inside, tangent, jnp.zeros_like(tangent))
 
 
-def quantize_rows(x: jax.Array, values: str, num_inputs: int = 1) -> tuple[jax.Array, jax.Array]:
-    """Rows x [.. inputs] rounded to `values`, and their scales float32, of size 1 along inputs."""
+def quantize_rows(
+    x: jax.Array, values: str, num_inputs: int = 1, over: Sequence[str] = ()
+) -> tuple[jax.Array, jax.Array]:
+    """Rows x [.. inputs] rounded to `values`, and their scales float32, of size 1 along inputs.
+
+    over: mesh axes whose devices hold parts of the inputs, inside `jax.shard_map`.
+    """
     x = x.astype(jnp.float32)
     axes = tuple(range(x.ndim - num_inputs, x.ndim))
-    scales = _positive(jnp.max(jnp.abs(x), axis=axes, keepdims=True) / largest(values), "float32")
+    widest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+    widest = jax.lax.pmax(widest, tuple(over)) if over else widest
+    scales = _positive(widest / largest(values), "float32")
     return round_to(x, scales, None, values).astype(values), scales
 
 
