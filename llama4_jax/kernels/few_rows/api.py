@@ -1,7 +1,7 @@
 """Rows times the transposes of matrices, for decoding on a CPU: a few rows, and time goes into reading the weights.
 
 `native` is used for at most `FEW_ROWS` rows on a CPU that has a compiler. XLA's products, which do all other sizes and platforms,
-copy an expert's matrix out of its stack first and convert a bfloat16 one, which takes longer than the product does.
+copy an expert's matrix out of its stack first and convert one of bfloat16 or of few bits, which takes longer than the product.
 """
 
 from __future__ import annotations
@@ -12,52 +12,92 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from llama4_jax.core import partitioning
+from llama4_jax.core import partitioning, quantized
 from llama4_jax.kernels.few_rows import native
+from llama4_jax.kernels.few_rows.packed import Packed
 from llama4_jax.kernels.grouped_matmul import grouped_matmul
+from llama4_jax.kernels.int4_matmul import rounded
 
 FEW_ROWS = 16
 
 
-def multiply(rows: jax.Array, matrix: jax.Array) -> jax.Array:
-    """`rows [m k]` times the transpose of `matrix [n k]`: [m n], summed and returned in float32 at least."""
+def multiply(rows: jax.Array, matrix: jax.Array | Packed, activations: str | None = None) -> jax.Array:
+    """`rows [m k]` times the transpose of `matrix [n k]`: [m n], summed and returned in float32 at least.
+
+    activations: what rows are rounded to first, see `config.quant.QuantSpec`.
+    """
     if _is_native(rows, matrix):
-        return _native(rows, matrix[None], jnp.full(1, rows.shape[0], jnp.int32))
-    return _product(rows, matrix)
+        return _native(rows, matrix[None], jnp.full(1, rows.shape[0], jnp.int32), activations)
+    if isinstance(matrix, Packed):
+        rows, matrix = rows.astype(jnp.float32), matrix.unpack()
+    return _product(_rounded(rows, activations), matrix)
 
 
-def grouped(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def grouped(
+    rows: jax.Array, matrices: jax.Array | Packed, group_sizes: jax.Array, activations: str | None = None
+) -> jax.Array:
     """Each row of [m k], sorted by group, times the transpose of its group's matrix of [e n k]: [m n] in rows' dtype.
 
-    group_sizes: [e] int32, the rows of each group; rows past their sum give 0.
+    group_sizes: [e] int32, the rows of each group; rows past their sum give 0. activations: as in `multiply`.
     """
     if _is_native(rows, matrices):
-        return _native(rows, matrices, group_sizes).astype(rows.dtype)
-    return grouped_matmul(rows, matrices, group_sizes, transpose_rhs=True)
+        return _native(rows, matrices, group_sizes, activations).astype(rows.dtype)
+    if isinstance(matrices, Packed):
+        matrices = matrices.unpack().astype(rows.dtype)
+    return grouped_matmul(_rounded(rows, activations), matrices, group_sizes, transpose_rhs=True)
 
 
-def _is_native(rows: jax.Array, matrices: jax.Array) -> bool:
-    few = 0 < rows.shape[0] <= FEW_ROWS and rows.dtype == matrices.dtype and matrices.dtype in native.HANDLERS
+def _is_native(rows: jax.Array, matrices: jax.Array | Packed) -> bool:
     # A mesh divides products, and cannot divide what it does not know.
-    return few and partitioning.platform() == "cpu" and partitioning.mesh_in_use() is None and native.available()
+    if not 0 < rows.shape[0] <= FEW_ROWS or partitioning.platform() != "cpu" or partitioning.mesh_in_use():
+        return False
+    floats = not isinstance(matrices, Packed)
+    known = (
+        rows.dtype == matrices.dtype and rows.dtype in native.HANDLERS if floats else matrices.kind in native.LOW_BIT
+    )
+    return known and native.available()
 
 
-@jax.custom_vjp
-def _native(rows, matrices, group_sizes):
-    return native.grouped(rows, matrices, group_sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _native(rows, matrices, group_sizes, activations):
+    if not isinstance(matrices, Packed):
+        return native.grouped(_rounded(rows, activations), matrices, group_sizes)
+    if activations == "int8" and (matrices.kind, "int8") in native.LOW_BIT_ROWS:
+        values, scales = quantized.quantize_rows(rows, "int8")
+        out = native.low_bit_rows(matrices.filled(values), scales[:, 0], matrices, group_sizes)
+        rows = values.astype(jnp.float32) * scales
+    else:
+        rows = _rounded(rows.astype(jnp.float32), activations)
+        out = native.low_bit(matrices.filled(rows), matrices, group_sizes)
+    return out if matrices.offsets is None else out - _shifted(rows, matrices, group_sizes)
 
 
-def _forward(rows, matrices, group_sizes):
-    return native.grouped(rows, matrices, group_sizes), (rows, matrices, group_sizes)
+def _shifted(rows: jax.Array, matrices: Packed, group_sizes: jax.Array) -> jax.Array:
+    """What the offsets of weights take off: each group's inputs added up, times its offset in the output's scale."""
+    sums = jnp.sum(rows.reshape(*rows.shape[:1], matrices.scales.shape[-1], -1), axis=-1)  # [m groups]
+    return native.grouped(sums, matrices.offsets * matrices.scales, group_sizes)
 
 
-def _backward(saved, cotangent):
+def _forward(rows, matrices, group_sizes, activations):
+    return _native(rows, matrices, group_sizes, activations), (rows, matrices, group_sizes)
+
+
+def _backward(activations, saved, cotangent):
+    """Rounding of rows passes the gradient on; weights of few bits are constants."""
     rows, matrices, group_sizes = saved
     product = functools.partial(grouped_matmul, group_sizes=group_sizes, transpose_rhs=True)
-    return *jax.vjp(product, rows, matrices)[1](cotangent.astype(rows.dtype)), None
+    cotangent = cotangent.astype(rows.dtype)
+    if isinstance(matrices, Packed):
+        weights = matrices.unpack().astype(rows.dtype)
+        return *jax.vjp(lambda rows: product(rows, weights), rows)[1](cotangent), None, None
+    return *jax.vjp(product, _rounded(rows, activations), matrices)[1](cotangent), None
 
 
 _native.defvjp(_forward, _backward)
+
+
+def _rounded(rows: jax.Array, activations: str | None) -> jax.Array:
+    return rows if activations is None else rounded(rows, activations)
 
 
 def _product(rows, matrix):

@@ -1,48 +1,17 @@
-// Products of a few rows with large matrices, as decoding on a CPU needs them: `out = rows [m k] matrix^T [k n]`.
+// Products of a few rows with large matrices of floats, as decoding on a CPU needs them: `out = rows [m k] matrix^T [k n]`.
 //
 // Such a product takes as long as reading the matrix takes, if all else keeps up: every vector of the matrix is read once
 // and multiplied with all rows (up to eight at a time), several matrix rows share each read of `rows`, and the cores take
-// turns at pieces of the matrix. A matrix is [n k], so that it is read from first to last.
-//
-// Rows come sorted by group, each group with a matrix of its own: the experts of a mixture. One group is a plain product.
-// An output is summed by one thread in an order that its shape fixes, so that results do not depend on the threads.
+// turns at pieces of the matrix (`work.h`). A matrix is [n k], so that it is read from first to last.
 //
 // Compiled for the machine at hand by `native.py`. Interface: XLA's foreign functions, docs.jax.dev/en/latest/ffi.html.
 
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <thread>
-#include <utility>
+#include "vectors.h"
+#include "work.h"
 
-#include "xla/ffi/api/ffi.h"
+namespace {
 
-namespace ffi = xla::ffi;
-
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kRegisters = 32;
-#define REGISTER "+v"
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kRegisters = 16;
-#define REGISTER "+x"
-#elif defined(__aarch64__)
-constexpr int kLanes = 4, kRegisters = 32;
-#define REGISTER "+w"
-#else
-constexpr int kLanes = 4, kRegisters = 16;
-#define REGISTER "+x"
-#endif
-#define UNROLL _Pragma("GCC unroll 16")
-
-constexpr int kMostRows = 8;              // that are multiplied with one read of a matrix
-constexpr int64_t kPiece = 256 * 1024;    // bytes of a matrix that a thread takes at a time
-constexpr int64_t kAhead = 4096;          // bytes between what is read and what is asked for
-
-typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+constexpr int64_t kPiece = 256 * 1024;  // bytes of a matrix that a thread takes at a time
 
 // kLanes weights, or one, as float32. A bfloat16 is the upper half of a float32.
 inline Floats wide(const float* weights) { return *reinterpret_cast<const Floats*>(weights); }
@@ -55,33 +24,6 @@ inline float single(uint16_t weight) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
-}
-
-constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
-
-// The first (half = 0) or second halves of all segments of S lanes, those of a before those of b.
-template <int S, int half, int... lane>
-inline Floats halves(Floats a, Floats b, std::integer_sequence<int, lane...>) {
-  constexpr int h = S / 2, middle = kLanes / 2;
-  return __builtin_shufflevector(a, b, (lane / middle * kLanes + lane % middle / h * S + lane % h + half * h)...);
-}
-
-// Lane c of the result: the sum of vector c, of C (a power of two, at most kLanes). Segments of S lanes are left to add up.
-template <int S, int C>
-inline Floats sums(const Floats* vectors) {
-  using lanes = std::make_integer_sequence<int, kLanes>;
-  if constexpr (S == 1) return vectors[0];
-  if constexpr (S > 1 && C == 1) {  // nothing left to pair with but itself
-    Floats both = halves<S, 0>(vectors[0], vectors[0], lanes{}) + halves<S, 1>(vectors[0], vectors[0], lanes{});
-    return sums<S / 2, 1>(&both);
-  }
-  if constexpr (S > 1 && C > 1) {
-    Floats paired[C / 2];
-    UNROLL for (int c = 0; c < C / 2; ++c)
-      paired[c] = halves<S, 0>(vectors[2 * c], vectors[2 * c + 1], lanes{}) +
-                  halves<S, 1>(vectors[2 * c], vectors[2 * c + 1], lanes{});
-    return sums<S / 2, C / 2>(paired);
-  }
 }
 
 // M rows times N rows of the matrix.
@@ -144,53 +86,30 @@ void strips(const float* rows, const T* matrix, float* out, int64_t m, int64_t k
     if (m > 0) strips<M - 1>(rows, matrix, out, m, k, n, begin, end);
 }
 
-// Pieces of all groups' matrices, which threads take one by one. Lives until the last thread has let go of it: one that
-// comes when all is done finds nothing and touches no array.
 template <typename T>
-struct Work {
+struct Product {
   const float* rows;
   const T* matrices;
-  const int32_t* sizes;
   float* out;
-  int64_t k, n, width, pieces, total;  // width: matrix rows of a piece; pieces of each matrix, and of all
-  std::atomic<int64_t> next{0}, done{0};
+  int64_t k, n;
 
-  void run() {
-    for (int64_t piece; (piece = next.fetch_add(1)) < total; done.fetch_add(1, std::memory_order_release)) {
-      int64_t group = piece / pieces, begin = piece % pieces * width, start = 0;
-      for (int64_t g = 0; g < group; ++g) start += sizes[g];
-      strips<kMostRows>(rows + start * k, matrices + group * n * k, out + start * n, sizes[group], k, n, begin,
-                        std::min(n, begin + width));
-    }
+  void operator()(int64_t start, int64_t m, int64_t group, int64_t begin, int64_t end) const {
+    strips<kMostRows>(rows + start * k, matrices + group * n * k, out + start * n, m, k, n, begin, end);
   }
 };
 
 template <ffi::DataType type, typename T>
 ffi::Error few_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer<type> matrices,
                     ffi::Buffer<ffi::S32> sizes, ffi::ResultBuffer<ffi::F32> out) {
-  auto work = std::make_shared<Work<T>>();
-  const int64_t m = rows.dimensions()[0], groups = matrices.dimensions()[0];
-  work->rows = rows.typed_data();
-  work->matrices = reinterpret_cast<const T*>(matrices.untyped_data());
-  work->sizes = sizes.typed_data();
-  work->out = out->typed_data();
-  work->k = rows.dimensions()[1];
-  work->n = matrices.dimensions()[1];
-  work->width = std::max<int64_t>(16, kPiece / std::max<int64_t>(1, work->k * sizeof(T)));
-  work->pieces = (work->n + work->width - 1) / work->width;
-  work->total = work->pieces * groups;
-  int64_t used = 0;
-  for (int64_t g = 0; g < groups; ++g) used += work->sizes[g];
-  if (used > m) return ffi::Error::InvalidArgument("group_sizes add up to more rows than there are");
-  std::fill(work->out + used * work->n, work->out + m * work->n, 0.0f);  // rows of no group
-
-  // Helpers may come late or never: this thread goes on alone, and waits only for pieces that others have begun.
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), work->total) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->run(); });
-  work->run();
-  while (work->done.load(std::memory_order_acquire) < work->total) std::this_thread::yield();
-  return ffi::Error::Success();
+  const int64_t m = rows.dimensions()[0], k = rows.dimensions()[1];
+  const int64_t groups = matrices.dimensions()[0], n = matrices.dimensions()[1];
+  const int64_t width = std::max<int64_t>(16, kPiece / std::max<int64_t>(1, k * sizeof(T)));
+  const T* weights = reinterpret_cast<const T*>(matrices.untyped_data());
+  Product<T> product{rows.typed_data(), weights, out->typed_data(), k, n};
+  return shared_out(pool, product, sizes.typed_data(), groups, m, n, width, out->typed_data());
 }
+
+}  // namespace
 
 #define HANDLER(name, type, T)                                                                    \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(name, (few_rows<type, T>),                                        \

@@ -1,6 +1,6 @@
-"""Builds `few_rows.cc` for the machine at hand, once, and calls it from compiled programs.
+"""Builds the sources beside it for the machine at hand, once, and calls it from compiled programs.
 
-The library is kept in ~/.cache/llama4_jax under a name made of its source, the version of JAX and the processor, so that
+The library is kept in ~/.cache/llama4_jax under a name made of its sources, the version of JAX and the processor, so that
 a change of any of them builds it anew. It takes a C++17 compiler some seconds; without one, `api` uses XLA's products.
 """
 
@@ -19,8 +19,14 @@ import subprocess
 import jax
 import jax.numpy as jnp
 
-SOURCE = pathlib.Path(__file__).with_name("few_rows.cc")
+from llama4_jax.kernels.few_rows.packed import Packed
+
+_FOLDER = pathlib.Path(__file__).parent
+SOURCES = tuple(_FOLDER / name for name in ("few_rows.cc", "low_bit.cc"))
+HEADERS = tuple(_FOLDER / name for name in ("blocks.h", "vectors.h", "work.h"))
 HANDLERS = {jnp.dtype(dtype): f"few_rows_{dtype}" for dtype in ("float32", "bfloat16")}
+LOW_BIT = {kind: f"few_rows_{kind}" for kind in ("int4", "int8", "float8_e4m3fn")}  # by the dtype of weights
+LOW_BIT_ROWS = {(kind, "int8"): f"few_rows_{kind}_int8" for kind in ("int4", "int8")}  # and by that of rows
 
 _COMPILERS = ("c++", "g++", "clang++")
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
@@ -36,7 +42,7 @@ def available() -> bool:
     except (OSError, RuntimeError) as error:
         _logger.warning("decoding on this CPU takes XLA's slower products: %s", error)
         return False
-    for name in HANDLERS.values():
+    for name in (*HANDLERS.values(), *LOW_BIT.values(), *LOW_BIT_ROWS.values()):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return True
 
@@ -51,7 +57,7 @@ def build(folder: pathlib.Path) -> pathlib.Path:
         raise RuntimeError(f"found no C++ compiler among {', '.join(_COMPILERS)}; install one, such as g++")
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
-    command = [compiler, *_OPTIONS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(unfinished)]
+    command = [compiler, *_OPTIONS, f"-I{jax.ffi.include_dir()}", *map(str, SOURCES), "-o", str(unfinished)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
@@ -66,10 +72,28 @@ def grouped(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax
     return call(rows.astype(jnp.float32), matrices, group_sizes.astype(jnp.int32))
 
 
+def low_bit(rows: jax.Array, matrices: Packed, group_sizes: jax.Array) -> jax.Array:
+    """The same for rows [m k], filled up, and weights of few bits, of which the offsets are left out."""
+    call = _call(LOW_BIT[matrices.kind], rows, matrices)
+    return call(rows.astype(jnp.float32), matrices.values, matrices.scales, group_sizes.astype(jnp.int32))
+
+
+def low_bit_rows(values: jax.Array, scales: jax.Array, matrices: Packed, group_sizes: jax.Array) -> jax.Array:
+    """The same for rows that stand for `values [m k] * scales [m]`, filled up; values are int8."""
+    call = _call(LOW_BIT_ROWS[matrices.kind, values.dtype.name], values, matrices)
+    return call(values, scales, matrices.values, matrices.scales, group_sizes.astype(jnp.int32))
+
+
+def _call(name: str, rows: jax.Array, matrices: Packed):
+    out = jax.ShapeDtypeStruct((rows.shape[0], matrices.shape[1]), jnp.float32)
+    return jax.ffi.ffi_call(name, out, vmap_method="sequential")
+
+
 def _identity() -> str:
     """Of all that decides what the compiler makes."""
     processor = pathlib.Path("/proc/cpuinfo")
     lines = processor.read_text().splitlines() if processor.exists() else [platform.processor()]
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
-    parts = (SOURCE.read_text(), jax.__version__, platform.machine(), flags, " ".join(_OPTIONS))
+    sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
+    parts = (*sources, jax.__version__, platform.machine(), flags, " ".join(_OPTIONS))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
