@@ -30,7 +30,7 @@ def met(left, right, out, stride, before, left_dilation, right_dilation) -> int:
 
 
 def test_a_convolution_counts_the_pairs_that_meet_a_number():
-    sizes = itertools.product((1, 4, 7), (1, 3), (1, 5), (1, 2, 3), (0, 2), (1, 2, 4), (1, 3))
+    sizes = itertools.product((1, 4), (1, 3), (1, 6), (1, 2, 3), (0, 2), (1, 2, 5), (1, 3))
     cases = list(sizes)
     assert [pairs(*case) for case in cases] == [met(*case) for case in cases]
 
