@@ -8,6 +8,8 @@ Command:   python -m experiments.plan --model=scout --mode=train --topology=v5p:
                --batch=4 --length=524288
            python -m experiments.plan --model=scout --mode=decode --topology=v5e:4x4 --mesh=tensor=8,expert=2 --batch=16
            python -m experiments.plan --model=scout --mode=conversion --topology=v5p:4x4x8 --mesh=fsdp=8,expert=16
+           python -m experiments.plan --model=scout --mode=decode --topology=v5e:2x4 --mesh=tensor=8 --batch=8 --length=32768 \
+               --quant=int4_all --cache=int8
            python -m experiments.plan --model=maverick --topology=v5p:4x8x8 --batch=256 --search --search_limit=6
            python -m experiments.plan --mesh=fsdp=8,expert=16 --search --within=peak=37,wire=200,products=1.845
 Hardware:  a CPU with the package libtpu (the extra [plan]); no TPU.
@@ -37,13 +39,14 @@ from tqdm import tqdm
 
 from experiments import output
 from llama4_jax import config as configs
-from llama4_jax.config import presets
+from llama4_jax.config import presets, quant
 from llama4_jax.config.train import REMAT, TrainConfig
 from llama4_jax.core import partitioning
 from llama4_jax.model import accounting
 from llama4_jax.plan import estimate, search, topology
 from llama4_jax.plan.compiler import Answers
 from llama4_jax.plan.job import MODES, PLACEMENTS, Choice, Job
+from llama4_jax.plan.weights import PLAIN, Kept
 from llama4_jax.train import shards
 
 MODEL = flags.DEFINE_enum("model", "scout", sorted(presets.PRESETS), "which preset")
@@ -61,6 +64,9 @@ SEARCH_LIMIT = flags.DEFINE_integer("search_limit", 4, "how many others", lower_
 WITHIN = flags.DEFINE_list(
     "within", [], "what a search may take: peak and wire in GiB, products in PFLOP, as peak=37,wire=200"
 )
+QUANT = flags.DEFINE_enum("quant", None, sorted(quant.PRESETS), "serving: weights in few bits, by this recipe")
+GROUP = flags.DEFINE_integer("group", None, "weights that share a scale; by default the recipe's", lower_bound=1)
+CACHE = flags.DEFINE_enum("cache", "bfloat16", ["bfloat16", "int8"], "serving: dtype of keys and values")
 ANSWERS = flags.DEFINE_string("answers", ".cache/plans", "folder of the compiler's answers")
 CLOSED_FORM = flags.DEFINE_boolean("closed_form", False, "compile nothing: a rough answer, at once")
 FRESH = flags.DEFINE_boolean("fresh", False, "compile even what was compiled before")
@@ -78,10 +84,19 @@ def asked() -> tuple[Job, Choice]:
         batch=BATCH.value,
         length=LENGTH.value,
         training=training,
+        kept=kept(),
     )
     placement = PLACEMENTS[PLACEMENT.value or ("train" if MODE.value in ("train", "conversion") else "serve")]
     mesh = partitioning.make_mesh(shards.parse(MESH.value), job.devices)
     return job, Choice.of(mesh, placement, training)
+
+
+def kept() -> Kept:
+    """How a model that serves is kept."""
+    if MODE.value not in ("prefill", "decode") and (QUANT.value or CACHE.value != "bfloat16"):
+        raise app.UsageError(f"--quant and --cache are of a model that serves; --mode={MODE.value} knows neither")
+    group = () if GROUP.value is None else (GROUP.value,)
+    return Kept(recipe=quant.PRESETS[QUANT.value](*group) if QUANT.value else None, cache=CACHE.value)
 
 
 def advice(job: Job, choice: Choice, found: list[search.Tried]) -> str:
@@ -176,6 +191,7 @@ def main(_) -> None:
     results |= {"mesh": mesh, "placement": choice.placement.name}
     varied = ("remat", "accumulation", "kept_in") if job.mode == "train" else ()
     results |= {name: getattr(choice, name) for name in varied}
+    results |= {} if job.kept == PLAIN else {"kept": job.kept.name}
     results |= {"parameters": parameters.total, "active_parameters": parameters.active, "devices": job.size}
     results |= {"closed_form": rough(job, choice)}
     if CLOSED_FORM.value:

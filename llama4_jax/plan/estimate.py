@@ -17,7 +17,7 @@ import math
 from llama4_jax.config import Attention, FeedForward, layer_kinds
 from llama4_jax.config.train import REMAT
 from llama4_jax.model import accounting
-from llama4_jax.plan import conversion, memory, report, topology
+from llama4_jax.plan import conversion, memory, report, topology, weights
 from llama4_jax.plan.job import Choice, Job
 
 BYTES = 2  # of a number that is gathered, sent or computed with: bfloat16
@@ -53,7 +53,7 @@ def of(job: Job, choice: Choice) -> Estimate:
         memory=held / memory.GIB,
         wire_gib=sent / memory.GIB,
         matrix_pflop=flops / 1e15,
-        products=(flops + attention) / device.flops,
+        products=_product_seconds(job, device, flops) + attention / device.flops,
         hbm=read / device.hbm,
         wire=sent / device.link,
         host=host_bytes(job, choice) / device.host,
@@ -142,13 +142,20 @@ def _ring(job: Job, choice: Choice) -> float:
 
 
 def _serving(job: Job, choice: Choice) -> tuple[float, float, float]:
-    """The same of a step without gradients."""
-    text, sizes, count = job.config.text, choice.sizes, accounting.parameters(job.config)
+    """The same of a step without gradients, with weights and cache as `job.kept` has them."""
+    sizes, heads = choice.sizes, job.config.text.attention.num_kv_heads
     rows, tensor = math.ceil(job.batch / choice.ways("batch")), sizes["tensor"]
     own = rows * job.tokens // job.batch
-    dense = BYTES * (count.total - count.routed_experts) / tensor
-    routed = BYTES * count.routed_experts / sizes["expert"] / tensor
-    cache = accounting.cache_bytes(job.config, job.length, batch=rows) / tensor
-    visited = min(1.0, job.tokens * text.moe.top_k / text.moe.num_experts)
+    part = weights.by_part(job.config, job.kept.recipe)
+    held = sum(part.values()) - part["routed_experts"] * (1 - 1 / sizes["expert"])
+    read = sum(weights.read(job.config, job.kept.recipe, job.tokens, sizes["expert"]))
+    # Devices beyond the heads hold the same keys as others.
+    cache = accounting.cache_bytes(job.config, job.length, batch=rows, dtype=job.kept.cache) / min(tensor, heads)
     sent = own * (_rows(job, choice) + _sums(job, choice))
-    return dense + routed + cache + job.activations(choice), dense + routed * visited + cache, sent
+    return held / tensor + cache + job.activations(choice), read / tensor + cache, sent
+
+
+def _product_seconds(job: Job, device: topology.Device, flops: float) -> float:
+    """Of products besides attention; those with inputs in int8 are as fast as the device multiplies integers, if it does."""
+    low = flops * weights.int8_share(job.config, job.kept.recipe)
+    return (flops - low) / device.flops + low / (device.int8 or device.flops)

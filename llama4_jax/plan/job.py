@@ -18,6 +18,7 @@ from llama4_jax.core.partitioning import MESH_AXES, Placement, TimeOrder
 from llama4_jax.model import accounting
 from llama4_jax.plan import conversion, memory, programs, report, topology
 from llama4_jax.plan.compiler import Answers
+from llama4_jax.plan.weights import PLAIN, Kept
 
 MODES = ("train", "prefill", "decode", "conversion")
 PLACEMENTS = {each.name: each for each in (partitioning.TRAIN, partitioning.LONG, partitioning.SERVE)}
@@ -64,7 +65,7 @@ class Job:
     """What is asked, however it is laid out.
 
     batch: rows, over all devices and microbatches; length: tokens of a row, in decoding slots of the cache.
-    training: of a training step; remat, accumulation and kept_in are the choice's.
+    training: of a training step; remat, accumulation and kept_in are the choice's. kept: of a model that serves.
     """
 
     config: Llama4Config
@@ -73,6 +74,7 @@ class Job:
     batch: int
     length: int
     training: TrainConfig
+    kept: Kept = PLAIN
 
     @functools.cached_property
     def devices(self) -> Sequence[jax.Device]:
@@ -99,7 +101,7 @@ class Job:
         rows = {"batch": self.batch, "length": self.length, "placement": choice.placement}
         if self.mode == "train":
             return programs.train(self.config, self.settings(choice), mesh, **rows)
-        return getattr(programs, self.mode)(self.config, mesh, **rows)
+        return getattr(programs, self.mode)(self.config, mesh, **rows, kept=self.kept)
 
     def outcome(self, choice: Choice, answers: Answers) -> dict[str, Any]:
         """Memory, work and estimates of a device, and whether the program fits; `over_gib` says by how much it does not."""

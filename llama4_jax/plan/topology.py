@@ -3,7 +3,8 @@
 The compiler knows v5e and v6e in two dimensions up to 16x16 chips, v5p and tpu7x in three, as 4x8x8 for 256.
 
 Source: cloud.google.com/tpu/docs, pages v5e, v5p, v6e and tpu7x. `link` is the bandwidth along one axis of the torus, both
-ways: the stated bidirectional bandwidth of a chip, halved for what it sends and divided by its axes.
+ways: the stated bidirectional bandwidth of a chip, halved for what it sends and divided by its axes. GPUs are known to
+closed forms alone, as "H100:8x1": NVIDIA's data sheets of H100 and H200 (SXM) and the DGX B200 user guide, dense rates, NVLink.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Device:
     hbm: float
     link: float
     host: float = 15e9
+    int8: float = 0.0  # operations a second; 0 where matrix units multiply no integers
 
     @property
     def memory(self) -> float:
@@ -40,10 +42,13 @@ class Device:
 
 _CHIP = {chip.name: chip for chip in CHIPS}
 DEVICES = {
-    "v5e": Device(chip=_CHIP["v5e"], flops=197e12, hbm=819e9, link=100e9),
-    "v5p": Device(chip=_CHIP["v5p"], flops=459e12, hbm=2765e9, link=200e9),
-    "v6e": Device(chip=_CHIP["v6e"], flops=918e12, hbm=1640e9, link=200e9),
+    "v5e": Device(chip=_CHIP["v5e"], flops=197e12, hbm=819e9, link=100e9, int8=394e12),
+    "v5p": Device(chip=_CHIP["v5p"], flops=459e12, hbm=2765e9, link=200e9, int8=918e12),
+    "v6e": Device(chip=_CHIP["v6e"], flops=918e12, hbm=1640e9, link=200e9, int8=1836e12),
     "tpu7x": Device(chip=_CHIP["tpu7x"], flops=1155e12, hbm=3690e9, link=100e9),
+    "H100": Device(chip=_CHIP["H100"], flops=989e12, hbm=3350e9, link=450e9, int8=1979e12),
+    "H200": Device(chip=_CHIP["H200"], flops=989e12, hbm=4800e9, link=450e9, int8=1979e12),
+    "B200": Device(chip=_CHIP["B200"], flops=2250e12, hbm=8000e9, link=900e9, int8=4500e12),
 }
 
 
@@ -61,6 +66,12 @@ def size(topology: str) -> int:
 
 
 def devices(topology: str) -> Sequence[jax.Device]:
-    """The devices of a topology, none of which need exist here; needs the package libtpu."""
-    device(topology)
+    """The devices of a topology, none of which need exist here; needs the package libtpu.
+
+    Raises NotImplementedError for GPUs.
+    """
+    if device(topology).chip.kind != "tpu":
+        raise NotImplementedError(
+            f"topology {topology!r}: programs are compiled for TPUs; of GPUs there is a closed form alone"
+        )
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
