@@ -27,14 +27,17 @@ from benchmarks import machine
 
 LIMIT = 1.5e9  # bytes above the largest tensor
 BUFFER = 1 << 24
-# What is read, what is written, and from which folder to which.
+PACKED = "packed"  # the folder of what is rounded to few bits, from which nothing leads back
+# What is read, what is written, from which folder to which, and the recipe of few bits.
 STEPS = (
-    ("hf", "orbax", "hf", "orbax"),
-    ("orbax", "hf", "orbax", "again"),
-    ("hf", "hf_unfused", "hf", "separate"),
-    ("hf_unfused", "hf", "separate", "again"),
-    ("hf", "meta", "hf", "meta"),
-    ("meta", "hf", "meta", "again"),
+    ("hf", "orbax", "hf", "orbax", None),
+    ("orbax", "hf", "orbax", "again", None),
+    ("hf", "hf_unfused", "hf", "separate", None),
+    ("hf_unfused", "hf", "separate", "again", None),
+    ("hf", "meta", "hf", "meta", None),
+    ("meta", "hf", "meta", "again", None),
+    ("hf", "hf_unfused", "hf", PACKED, "int4_experts"),
+    ("hf", "orbax", "hf", PACKED, "int4_all"),
 )
 
 
@@ -55,7 +58,7 @@ def make(folder: pathlib.Path, layers: int, vision_layers: int, seed: int) -> No
     scout = dataclasses.replace(scout, text=text, vision=vision)
 
     class Random:
-        config = scout
+        config, held = scout, {}
         specs = {
             path: (shape, jnp.dtype("bfloat16"))
             for path, shape in leaves.parameter_shapes(config, stacked=False).items()
@@ -129,16 +132,19 @@ def _same_bytes(one: pathlib.Path, other: pathlib.Path) -> bool:
 def measure(folder: pathlib.Path, size: int) -> list[dict]:
     """A record for each direction."""
     records = []
-    for read, write, source, target in STEPS:
-        print(f"{read} to {write}", file=sys.stderr)
+    for read, write, source, target, recipe in STEPS:
+        direction = f"{read} to {write}" + (f", {recipe}" if recipe else "")
+        print(direction, file=sys.stderr)
         copying = copy(folder / source, folder / "copy") if source == "hf" else records[-1]["copy_seconds"]
         command = [sys.executable, "-m", "experiments.convert", f"--from={read}", f"--to={write}"]
+        command += [f"--quant={recipe}"] if recipe else []
         found = timed([*command, f"--source={folder / source}", f"--target={folder / target}"])
         same = same_files(folder / "hf", folder / target) if target == "again" else None
         rates = {"rate": size / found["seconds"], "copy_rate": size / copying}
-        records.append({"direction": f"{read} to {write}", **found, **rates, "copy_seconds": copying, "same": same})
+        records.append({"direction": direction, **found, **rates, "copy_seconds": copying, "same": same})
         if target == "again":
             shutil.rmtree(folder / source)
+        if target in ("again", PACKED):
             shutil.rmtree(folder / target)
     return records
 
@@ -146,12 +152,12 @@ def measure(folder: pathlib.Path, size: int) -> list[dict]:
 def table(records: list[dict], largest: int) -> str:
     """The records as lines that line up."""
     names = ("direction", "seconds", "GB/s", "copy GB/s", "ratio", "peak GB", "over largest GB", "others", "same bits")
-    lines = ["{:<18} {:>8} {:>6} {:>10} {:>6} {:>8} {:>16} {:>7} {:>10}".format(*names)]
+    lines = ["{:<28} {:>8} {:>6} {:>10} {:>6} {:>8} {:>16} {:>7} {:>10}".format(*names)]
     for each in records:
         sizes = (each["rate"] / 1e9, each["copy_rate"] / 1e9, each["rate"] / each["copy_rate"])
         same = {None: "-", True: "yes", False: "NO"}[each["same"]]
         lines.append(
-            "{:<18} {:8.1f} {:6.2f} {:10.2f} {:6.2f} {:8.2f} {:16.2f} {:7.0%} {:>10}".format(
+            "{:<28} {:8.1f} {:6.2f} {:10.2f} {:6.2f} {:8.2f} {:16.2f} {:7.0%} {:>10}".format(
                 each["direction"],
                 each["seconds"],
                 *sizes,

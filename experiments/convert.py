@@ -9,6 +9,10 @@ Expected:  the target holds the same bits; with --dtype, the same numbers rounde
 A conversion that was stopped goes on where it was when the same command is given again. "hf" is Hugging Face's layout
 (reading sees for itself whether experts are fused; writing fuses them), "hf_unfused" has one linear layer an expert,
 "meta" is read in either of its spellings and written under the names of Meta's modules, "orbax" is our own.
+
+With --quant the weights that a recipe names are rounded to few bits on the way, a piece of a tensor at a time:
+           python -m experiments.convert --from=hf --to=hf_unfused --quant=int4_experts --group=128 --source=... --target=...
+writes what compressed-tensors reads, and --to=orbax our own packed form.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from tqdm import tqdm
 
 from experiments import output
 from llama4_jax.checkpoint import convert, hf
+from llama4_jax.config.quant import PRESETS, QuantRecipe
 
 FROM = flags.DEFINE_enum("from", None, convert.READ, "layout of the source", required=True)
 TO = flags.DEFINE_enum("to", None, convert.WRITTEN, "layout of the target", required=True)
@@ -29,6 +34,10 @@ SOURCE = flags.DEFINE_string("source", None, "folder to read", required=True)
 TARGET = flags.DEFINE_string("target", None, "folder to write; must not exist yet", required=True)
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "of the weights; default: as stored")
 SHARD_BYTES = flags.DEFINE_integer("max_shard_bytes", hf.SHARD_BYTES, "of a safetensors file of hf and hf_unfused")
+QUANT = flags.DEFINE_enum("quant", None, list(PRESETS), "recipe of the weights to round to few bits")
+GROUP = flags.DEFINE_integer("group", None, "inputs that share a scale; default: the recipe's own", lower_bound=1)
+METHOD = flags.DEFINE_enum("method", "rtn", ["rtn", "clip"], "round to nearest, or in the best part of each range")
+KEEP = flags.DEFINE_bool("keep_quantised", False, "weights that hf files have in few bits stay so")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace the checkpoint that is at the target")
 
 
@@ -50,6 +59,9 @@ def run() -> None:
         dtype=DTYPE.value,
         max_shard_bytes=SHARD_BYTES.value,
         overwrite=OVERWRITE.value,
+        recipe=recipe(),
+        method=METHOD.value,
+        keep_quantised=KEEP.value,
     )
     start = time.monotonic()
     with tqdm(unit="B", unit_scale=True, desc=f"{FROM.value} to {TO.value}", dynamic_ncols=True) as bar:
@@ -70,6 +82,15 @@ def run() -> None:
             "target": TARGET.value,
         }
     )
+
+
+def recipe() -> QuantRecipe | None:
+    """What --quant and --group ask for."""
+    if QUANT.value is None:
+        if GROUP.value is not None:
+            raise ValueError("--group is of a recipe; name one with --quant")
+        return None
+    return PRESETS[QUANT.value](*([] if GROUP.value is None else [GROUP.value]))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
-from llama4_jax.checkpoint import leaves, mapping, tensors
+from llama4_jax.checkpoint import leaves, low_bit, mapping, tensors
 from llama4_jax.checkpoint.leaves import Reader
 from llama4_jax.config import Llama4Config
+from llama4_jax.config.quant import QuantSpec
 from llama4_jax.core import names, partitioning
 from llama4_jax.core.partitioning import Placement
 from llama4_jax.model import Llama4
@@ -45,28 +46,29 @@ def assemble(
     source: str,
     mesh: Mesh | None = None,
     placement: Placement = partitioning.TRAIN,
+    quantised: Mapping[str, QuantSpec] = MappingProxyType({}),
 ) -> Llama4:
     """The model of `config` whose weights `readers` (label -> reader, in the order of the shards) hold in `layout`.
 
     Weights are converted to `dtype` (None: kept as stored), one parameter at a time, each straight into the shards
-    that `placement` gives it on `mesh`, if there is one. Raises ValueError listing all that `source` lacks, has too
-    much or has in another shape, and for an unknown `dtype`.
+    that `placement` gives it on `mesh`, if there is one. `quantised` as in `leaves.FileLeaves`. Raises ValueError listing
+    all that `source` lacks, has too much or has in another shape, and for an unknown `dtype`.
     """
-    stored = leaves.FileLeaves(config, layout, readers, dtype=dtype, stacked=scan, source=source)
-    abstract = jax.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0), scan=scan))
-    graph, state = nnx.split(abstract)
+    stored = leaves.FileLeaves(config, layout, readers, dtype=dtype, stacked=scan, source=source, quantised=quantised)
+    abstract = leaves.abstract(config, stored.held, stacked=scan)
+    structure, wanted = names.split(abstract)
     places = names.split(partitioning.shardings(abstract, placement, mesh))[1] if mesh else {}
-    filled = []
-    for path, parameter in nnx.to_flat_state(state):
-        name = ".".join(map(str, path))
-        array = stored.window(name, leaves.whole(parameter.shape))
-        filled.append((path, parameter.replace(jax.device_put(array, places.get(name)))))
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    filled = {}
+    for name, leaf in wanted.items():
+        array = stored.window(low_bit.stored_name(name), leaves.whole(leaf.shape))
+        filled[name] = jax.device_put(array, places.get(name))
+    return structure.merge(filled)
 
 
 class Tensors:
     """The parameters of `source` as `layout` names and shapes them, made when asked for.
 
+    A tensor KEY of a parameter in few bits is in `quantised`, and made in its parts: KEY.values, KEY.scales, KEY.offsets.
     Raises ValueError if the layout does not cover the model exactly.
     """
 
@@ -74,6 +76,8 @@ class Tensors:
         self._source = source
         shapes = {path: shape for path, (shape, _) in source.specs.items()}
         table = mapping.entries(source.config, layout, stacked=False)
+        self.quantised = {entry.key: source.held[entry.path] for entry in table if entry.path in source.held}
+        table = mapping.in_parts(table, {path: how.parts for path, how in source.held.items()})
         self._parts = mapping.by_key(table)
         known = {key: parts for key, parts in self._parts.items() if all(part.path in shapes for part in parts)}
         self.shapes = {key: mapping.stored_shape(parts, shapes) for key, parts in known.items()}
@@ -101,9 +105,11 @@ class Tensors:
         return made[0] if len(made) == 1 else np.concatenate(made)
 
 
-def main_dtype(specs: Mapping[str, tensors.Spec]) -> str:
-    """The dtype of most weights. Others (an fp32 router) are stored as they are all the same."""
+def main_dtype(source: leaves.Leaves) -> str:
+    """The dtype of most weights, or of what they stand for. Others (an fp32 router) are stored as they are all the same."""
     sizes: Counter[str] = Counter()
-    for shape, dtype in specs.values():
-        sizes[str(dtype)] += math.prod(shape)
+    for name, (shape, dtype) in source.specs.items():
+        path, part = low_bit.split(name, source.held)
+        if part in (None, "values"):
+            sizes[str(dtype) if part is None else source.held[path].dtype] += math.prod(shape)
     return sizes.most_common(1)[0][0]

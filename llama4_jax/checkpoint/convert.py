@@ -3,7 +3,7 @@
 The target comes about in `TARGET.partial` beside it, with a ledger of what is finished. A conversion that was killed
 goes on where it was when the same is asked for again. At the end all is read back and compared with the checksums of
 what was written, and the folder is renamed. Neither a checkpoint nor its largest tensor is ever in memory whole, but for
-the parameter that a transform is given.
+the parameter that a transform is given. With a recipe, weights are rounded to few bits on the way (`quantising`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from llama4_jax.checkpoint import hf, layouts, meta, native, targets
+from llama4_jax.checkpoint import hf, layouts, meta, native, quantised, targets
 from llama4_jax.checkpoint.leaves import FileLeaves, Leaves
 from llama4_jax.checkpoint.ledger import NAME, Ledger
+from llama4_jax.checkpoint.quantising import Quantising
+from llama4_jax.config.quant import QuantRecipe
 
 READ = ("hf", "hf_unfused", "meta", "orbax")  # "hf" and "meta" see from the names which of their layouts it is
 WRITTEN = ("hf", "hf_unfused", "meta", "orbax")  # "meta" are the names of Meta's modules
@@ -38,12 +40,17 @@ class Conversion:
     dtype: str | None = None  # of the weights: "float32", "bfloat16", "float16"; None: as stored
     max_shard_bytes: int = hf.SHARD_BYTES  # of one safetensors file in Hugging Face's layouts
     overwrite: bool = False  # replace a checkpoint that is at `target`
+    recipe: QuantRecipe | None = None  # which weights go to few bits, for "orbax" or "hf_unfused"
+    method: str = "rtn"  # how: "rtn" or "clip", see `quantising.Quantising`
+    keep_quantised: bool = False  # weights that are quantised in the source stay so; those of "orbax" do anyway
     transform: targets.Transform | None = None  # of each whole parameter on its way to "orbax", as to fewer bits
 
     def __post_init__(self):
         for name, known in (("read", READ), ("write", WRITTEN)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}; wanted one of {', '.join(known)}")
+        if self.recipe is not None and self.transform is not None:
+            raise ValueError("a recipe and a transform: wanted one of them, since both decide what is stored")
         source, target = self.source.resolve(), self.target.resolve()
         if source.is_relative_to(target) or target.is_relative_to(source):
             raise ValueError(f"source {source} and target {target} are one in the other; choose another target")
@@ -69,6 +76,9 @@ class Conversion:
             "dtype": self.dtype,
             "max_shard_bytes": self.max_shard_bytes,
             "transform": how,
+            "recipe": self.recipe and dataclasses.asdict(self.recipe),
+            "method": self.method,
+            "keep_quantised": self.keep_quantised,
         }
 
 
@@ -104,7 +114,10 @@ def convert(conversion: Conversion, advance: Advance = lambda _: None) -> Summar
     is on disk: those tensors are forgotten, and the next run makes them again.
     """
     _check_free(conversion)
-    with opened(conversion.read, conversion.source, conversion.dtype) as source:
+    read, folder, dtype = conversion.read, conversion.source, conversion.dtype
+    with opened(read, folder, dtype, keep_quantised=conversion.keep_quantised) as source:
+        if conversion.recipe is not None:
+            source = Quantising(source, conversion.recipe, conversion.method)
         target = targets.make(conversion.write, source, conversion.max_shard_bytes, conversion.transform)
         with Ledger(conversion.partial, conversion.work()) as ledger:
             resumed = len(ledger.done)
@@ -117,15 +130,26 @@ def convert(conversion: Conversion, advance: Advance = lambda _: None) -> Summar
 
 
 @contextlib.contextmanager
-def opened(kind: str, folder: pathlib.Path, dtype: str | None = None) -> Iterator[Leaves]:
+def opened(
+    kind: str, folder: pathlib.Path, dtype: str | None = None, *, keep_quantised: bool = False
+) -> Iterator[Leaves]:
     """The parameters of the checkpoint of `kind` (one of READ) in `folder`, layer by layer."""
     if kind == "orbax":
         yield native.NativeLeaves(folder, dtype)
         return
-    with (meta if kind == "meta" else hf).opened(folder) as (config, layout, readers):
+    asked = meta.opened(folder) if kind == "meta" else hf.opened(folder, keep_quantised=keep_quantised)
+    with asked as (config, layout, readers):
         if kind == "hf_unfused" and layout != layouts.HF_UNFUSED:
             raise ValueError(f"{folder} is in the layout {layout.name!r}; read it as 'hf'")
-        yield FileLeaves(config, layout, readers, dtype=dtype, stacked=False, source=f"checkpoint {folder}")
+        yield FileLeaves(
+            config,
+            layout,
+            readers,
+            dtype=dtype,
+            stacked=False,
+            source=f"checkpoint {folder}",
+            quantised=quantised.specs(readers),
+        )
 
 
 def _write_missing(target: targets.Target, folder: pathlib.Path, ledger: Ledger, advance: Advance) -> None:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama4_jax.checkpoint import quantised
+from llama4_jax.checkpoint.schemes import Schemes
 from llama4_jax.config import (
     Attention,
     AttentionConfig,
@@ -61,7 +61,7 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = No
     missing or contradictory fields (naming them all), NotImplementedError for what this project's model cannot be.
     """
     if config.get("quantization_config"):
-        quantised.check_config(config["quantization_config"])
+        Schemes(config["quantization_config"])  # raises for weights that are not read
     nested = "text_config" in config
     text = config["text_config"] if nested else config
     where = "config.json: text_config" if nested else "config.json"

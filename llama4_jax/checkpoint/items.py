@@ -3,6 +3,9 @@
 Orbax's own handlers want an array whole, and copy it while the disk is slow; here Orbax is taught a kind of leaf that
 comes in blocks. What lies on disk is an item as any other, in uncompressed zarr chunks of at most CHUNK_BYTES, that Orbax
 restores into any sharding. Reading is by tensorstore, with which Orbax reads too, because Orbax restores whole arrays only.
+
+Neither has numbers of four bits: they would take a byte each. int4 arrays are bytes on disk, with two numbers each along the
+last axis (`packing`), and an attribute of the zarr array says how many numbers there are.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import logging
 import math
 import pathlib
@@ -21,21 +25,27 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from llama4_jax.checkpoint import mapping, tensors
+from llama4_jax.checkpoint import mapping, packing, tensors
 from llama4_jax.checkpoint.leaves import pieces, whole
 
 CHUNK_BYTES = 1 << 24
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+PAIRS = "int4_along_last_axis"  # the attribute: how many
 CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}]
 
 Record = dict[str, Any]  # what tells whether an array is the same: shape, dtype, crc32, sum
 
 
 class Checksums:
-    """What tells whether an array is the same, of its chunks in whatever order: `crc32` and `sum`."""
+    """What tells whether an array is the same, of its chunks in whatever order: `crc32` and `sum`.
 
-    def __init__(self):
+    Of int4, chunks are those of the bytes that hold `pairs` numbers along the last axis, and the sum is that of the numbers'
+    bits, wherever they lie in a byte.
+    """
+
+    def __init__(self, pairs: int | None = None):
         self.crc32 = self.sum = 0
+        self._pairs = pairs
 
     def add(self, box: mapping.Box, block: np.ndarray, chunk: mapping.Shape) -> None:
         """Counts `block`, which is `box` of the array and made of whole chunks."""
@@ -43,21 +53,44 @@ class Checksums:
             flat = np.ascontiguousarray(block[mapping.within(part, box)]).reshape(-1)
             place = repr([each.start for each in part]).encode()
             self.crc32 = (self.crc32 + zlib.crc32(flat.view(np.uint8), zlib.crc32(place))) % 2**32
-            self.sum = (self.sum + int(flat.view(WORDS[flat.dtype.itemsize]).sum(dtype=np.uint64))) % 2**32
+            words = flat.view(WORDS[flat.dtype.itemsize])
+            halves = [words] if self._pairs is None else [words & 15, words >> 4]
+            self.sum = (self.sum + sum(int(half.sum(dtype=np.uint64)) for half in halves)) % 2**32
 
     def record(self, shape: mapping.Shape, dtype: np.dtype) -> Record:
+        """Of the chunks counted, which are all of an array of `shape` and `dtype` on disk."""
+        if self._pairs is not None:
+            shape, dtype = (*shape[:-1], self._pairs), packing.INT4
         return {"shape": list(shape), "dtype": str(dtype), "crc32": self.crc32, "sum": self.sum}
 
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-    """An array on its way to disk, block by block: `window(box)` makes any part of it, cheaply along `axis`."""
+    """An array on its way to disk, block by block: `window(box)` makes any part of it, cheaply along `axis`.
+
+    pairs: how many int4 lie along the last axis of an array of bytes that hold two each; None: it is what it is.
+    """
 
     shape: mapping.Shape
     dtype: np.dtype
     axis: int
     window: Callable[[mapping.Box], np.ndarray]
     checksums: Checksums
+    pairs: int | None = None
+
+    @classmethod
+    def of(cls, spec: tensors.Spec, axis: int, window: Callable[[mapping.Box], np.ndarray]) -> Streamed:
+        """The array that `window` makes, as it is stored."""
+        shape, dtype = spec
+        if dtype != packing.INT4:
+            return cls(shape, dtype, axis, window, Checksums())
+        size = shape[-1]
+
+        def packed(box: mapping.Box) -> np.ndarray:
+            pairs = slice(2 * box[-1].start, min(2 * box[-1].stop, size))
+            return packing.pack_pairs(window((*box[:-1], pairs)))
+
+        return cls((*shape[:-1], -(-size // 2)), np.dtype(np.uint8), axis, packed, Checksums(size), size)
 
     @property
     def nbytes(self) -> int:
@@ -73,6 +106,11 @@ class Streamed:
             widest = shape.index(max(shape))
             shape[widest] = -(-shape[widest] // 2)
         return tuple(shape)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What is written beside the array."""
+        return {} if self.pairs is None else {"metadata": {"attributes": {PAIRS: self.pairs}}}
 
     def blocks(self) -> Iterator[mapping.Box]:
         """The whole in parts of whole chunks, in the order of `axis`."""
@@ -94,7 +132,7 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
             kvstore = {"driver": "file", "path": f"{info.parent_dir / info.name}/"}
             array = await tensorstore.open(
                 # Zeros are stored as well: a chunk that is not there is always one that was lost.
-                {"driver": "zarr3", "kvstore": kvstore, "store_data_equal_to_fill_value": True},
+                {"driver": "zarr3", "kvstore": kvstore, "store_data_equal_to_fill_value": True} | value.attributes,
                 create=True,
                 dtype=value.dtype.name,
                 shape=value.shape,
@@ -130,16 +168,16 @@ class Writer:
 
         Blocks are divided along `axis`. The item appears when it is complete.
         """
-        streamed = Streamed(*spec, axis, window, Checksums())
+        streamed = Streamed.of(spec, axis, window)
         save = ocp.args.PyTreeSave({"array": streamed})
         with _without_warnings():
             self._checkpointer.save(item.absolute(), args=save, force=True)
-        return streamed.checksums.record(*spec)
+        return streamed.checksums.record(streamed.shape, streamed.dtype)
 
 
 def stored_record(item: pathlib.Path) -> Record:
     """The record of an item as it is on disk now; raises ValueError where it cannot be read."""
-    array, checksums = open_array(item), Checksums()
+    array, checksums = open_array(item), Checksums(_pairs(item))
     chunk = array.chunk_layout.read_chunk.shape
     try:
         for box in _grid(whole(array.shape), chunk):
@@ -149,12 +187,31 @@ def stored_record(item: pathlib.Path) -> Record:
     return checksums.record(array.shape, array.dtype.numpy_dtype)
 
 
+def read(item: pathlib.Path, box: mapping.Box) -> np.ndarray:
+    """A part of the array of an item."""
+    if _pairs(item) is None:
+        return open_array(item)[box].read().result()
+    last = box[-1]
+    held = slice(last.start // 2, -(-last.stop // 2))
+    packed = open_array(item)[(*box[:-1], held)].read().result()
+    return packing.unpack_pairs(packed, last.stop - 2 * held.start)[..., last.start - 2 * held.start :]
+
+
+def _pairs(item: pathlib.Path) -> int | None:
+    """How many int4 lie along the last axis of an item's bytes; None where they are not int4."""
+    return json.loads(_metadata(item).read_text()).get("attributes", {}).get(PAIRS)
+
+
+def _metadata(item: pathlib.Path) -> pathlib.Path:
+    path = item / "array" / "zarr.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.absolute()} is missing; the checkpoint is incomplete, copy it again")
+    return path
+
+
 def open_array(item: pathlib.Path) -> tensorstore.TensorStore:
-    """The array of an item, of which any part can be read."""
-    place = (item / "array").absolute()
-    if not (place / "zarr.json").is_file():
-        raise FileNotFoundError(f"{place / 'zarr.json'} is missing; the checkpoint is incomplete, copy it again")
-    kvstore = {"driver": "file", "path": f"{place}/"}
+    """The array of an item as it is on disk, of which any part can be read."""
+    kvstore = {"driver": "file", "path": f"{_metadata(item).parent.absolute()}/"}
     return tensorstore.open({"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}).result()
 
 

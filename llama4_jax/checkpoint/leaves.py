@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import jax
@@ -16,8 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llama4_jax.checkpoint import mapping, tensors
+from llama4_jax.checkpoint import low_bit, mapping, tensors
+from llama4_jax.checkpoint.low_bit import Held
 from llama4_jax.config import Llama4Config
+from llama4_jax.config.quant import QuantSpec
+from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.model import Llama4
 
 logger = logging.getLogger(__name__)
@@ -36,10 +40,11 @@ class Reader(Protocol):
 
 
 class Leaves(Protocol):
-    """The parameters of a model of `config`, by dotted path."""
+    """The parameters of a model of `config`, by dotted path; those in few bits as the arrays that `low_bit` makes of them."""
 
     config: Llama4Config
     specs: Mapping[str, tensors.Spec]  # path -> shape and dtype
+    held: Mapping[str, Held]  # how parameters in few bits are held
 
     def window(self, path: str, box: mapping.Box) -> np.ndarray: ...
 
@@ -50,8 +55,9 @@ class FileLeaves:
     """Parameters out of the tensors that hold their parts; `readers` (label -> reader) are shards, first to last.
 
     Values are converted to `dtype` (None: as stored). `stacked` tells how the model holds its decoder (`mapping`).
-    Raises ValueError listing all that `source` lacks, has too much or has in another shape, and for an unknown `dtype`
-    or, without one, for a parameter that is stored in several.
+    `quantised` (key -> spec) are tensors that readers have in parts (`quantised.Kept`): so are their parameters, which then
+    stand for arrays of `dtype`. Raises ValueError listing all that `source` lacks, has too much or has in another shape, and
+    for an unknown `dtype` or, without one, for a parameter that is stored in several.
     """
 
     def __init__(
@@ -63,13 +69,16 @@ class FileLeaves:
         dtype: str | None,
         stacked: bool,
         source: str,
+        quantised: Mapping[str, QuantSpec] = MappingProxyType({}),
     ):
         check_dtype(dtype)
-        shapes = parameter_shapes(config, stacked=stacked)
         stored = {label: {key: r.shapes[key] for key in layout.kept(r.shapes)} for label, r in readers.items()}
         names = set().union(*stored.values())
         prefix = _text_prefix(config, layout, names)
         table = mapping.entries(config, layout, stacked=stacked, names=names, text_prefix=prefix)
+        self.held = _held(table, quantised, readers, dtype)
+        table = mapping.in_parts(table, {path: how.parts for path, how in self.held.items()})
+        shapes = low_bit.in_parts(parameter_shapes(config, stacked=stacked), self.held)
         mapping.account(table, stored, shapes, source)
         self.config = config
         self._readers, self._shapes, self._parts = list(readers.values()), shapes, mapping.by_key(table)
@@ -113,7 +122,7 @@ class FileLeaves:
             out[mapping.within(wanted, box)] = block[mapping.within(wanted, got)]
 
     def _dtype(self, path: str, dtype: str | None) -> np.dtype:
-        if dtype is not None:
+        if dtype is not None and low_bit.split(path, self.held)[1] is None:
             return jnp.dtype(dtype)
         stored = [(entry.key, reader.dtypes[entry.key]) for entry in self._sources[path] for reader in self._readers]
         if len({found for _, found in stored}) > 1:
@@ -137,8 +146,16 @@ class ModelLeaves:
 
     def __init__(self, model: Llama4):
         self.config = model.config
-        self._arrays = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
+        self._arrays, held = {}, {}
+        for path, parameter in nnx.to_flat_state(nnx.state(model)):
+            name, array = _dotted(path), parameter.get_value()
+            if isinstance(array, QuantizedArray):
+                held[name] = low_bit.held(name, array)
+                self._arrays |= {f"{name}.{part}": getattr(array, part) for part in held[name].parts}
+            else:
+                self._arrays[name] = array
         self._homes = mapping.unstacked(model.config, self._arrays)
+        self.held = low_bit.alone(self._homes, held)
         self.specs = {
             path: (self._arrays[home].shape[len(index) :], np.dtype(self._arrays[home].dtype))
             for path, (home, index) in self._homes.items()
@@ -150,6 +167,17 @@ class ModelLeaves:
 
     def axis(self, path: str) -> int:
         return 0
+
+
+def abstract(config: Llama4Config, held: Mapping[str, Held], *, stacked: bool) -> Llama4:
+    """A model of `config` without its numbers, whose parameters in `held` are in few bits."""
+    graph, state = nnx.split(jax.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0), scan=stacked)))
+    filled = []
+    for path, parameter in nnx.to_flat_state(state):
+        name = _dotted(path)
+        few = low_bit.abstract(name, parameter.shape, held[name]) if name in held else None
+        filled.append((path, parameter if few is None else parameter.replace(few)))
+    return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
 def parameter_shapes(config: Llama4Config, *, stacked: bool) -> dict[str, mapping.Shape]:
@@ -182,6 +210,32 @@ def check_dtype(dtype: str | None) -> None:
     """Raises ValueError unless weights may be asked for in `dtype`."""
     if dtype is not None and str(dtype) not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; wanted one of {', '.join(DTYPES)}, or None to keep what is stored")
+
+
+def _held(
+    table: list[mapping.Entry],
+    quantised: Mapping[str, QuantSpec],
+    readers: Mapping[str, Reader],
+    dtype: str | None,
+) -> dict[str, Held]:
+    """How each parameter is held whose tensors are in `quantised`: all of them, and all alike."""
+    found: dict[str, dict[str, QuantSpec | None]] = {}
+    for entry in table:
+        found.setdefault(entry.path, {})[entry.key] = quantised.get(entry.key)
+    few = {path: specs for path, specs in found.items() if any(specs.values())}
+    problems = [
+        f"{path}: " + "; ".join(f"{key} is {spec or 'not quantised'}" for key, spec in specs.items())
+        for path, specs in few.items()
+        if len(set(specs.values())) > 1
+    ]
+    if problems:
+        raise ValueError(
+            "parameters whose tensors are quantised in several ways cannot be kept in few bits; load them dequantised, or with scan=False:\n  "
+            + "\n  ".join(problems)
+        )
+    reader = next(iter(readers.values()))
+    stored = {path: str(reader.dtypes[f"{next(iter(specs))}.scales"]) for path, specs in few.items()}
+    return {path: Held(next(iter(specs.values())), dtype or stored[path]) for path, specs in few.items()}
 
 
 def _text_prefix(config: Llama4Config, layout: mapping.Layout, names) -> str | None:

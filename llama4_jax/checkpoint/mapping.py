@@ -181,6 +181,18 @@ def entries(
     return found
 
 
+def in_parts(table: Iterable[Entry], parts: Mapping[str, Collection[str]]) -> list[Entry]:
+    """`table` with a row for each of the `parts` (path -> names) of a parameter: KEY.part in the file fills PATH.part.
+
+    A part is laid out as the whole is, whatever its sizes.
+    """
+    return [
+        dataclasses.replace(entry, key=f"{entry.key}.{part}", path=f"{entry.path}.{part}") if part else entry
+        for entry in table
+        for part in parts.get(entry.path, ("",))
+    ]
+
+
 def unstacked(config: Llama4Config, paths: Collection[str]) -> dict[str, tuple[str, tuple]]:
     """Each parameter of a model layer by layer -> the path in `paths`, of a stacked model or not, and index of it there.
 

@@ -89,8 +89,12 @@ def save_meta(model: Llama4, folder) -> None:
 def documents(source: leaves.Leaves) -> dict[str, dict]:
     """The JSON files of a checkpoint beside its weights, by name.
 
-    Raises NotImplementedError naming every field that Meta's model cannot express.
+    Raises NotImplementedError naming every field that Meta's model cannot express, and for weights in few bits.
     """
+    if source.held:
+        raise NotImplementedError(
+            f"{next(iter(source.held))} is in few bits, which Meta's layouts are not; dequantise it"
+        )
     return dict(zip((PARAMS, EXTRAS), meta_config.to_params(source.config)))
 
 

@@ -1,7 +1,9 @@
 """Our own checkpoints of a model: one Orbax item for each parameter, layer by layer, and a manifest.
 
-    manifest.json       configuration; shape, dtype and checksums of each parameter
+    manifest.json       configuration; shape, dtype and checksums of each parameter; how those in few bits are held
     parameters/NAME/    the parameter as an Orbax item (`items`)
+
+A parameter in few bits is two or three items: NAME.values, NAME.scales and, if it is asymmetric, NAME.offsets (`low_bit`).
 
 A parameter is written alone, so that conversion streams, and any part of it is read alone, so that each device gets its
 shard and nothing more. Parameters have the names and shapes of `Llama4(scan=False)`; a stacked model is read from the
@@ -20,13 +22,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from llama4_jax import config as configs
-from llama4_jax.checkpoint import items, mapping, store, tensors
-from llama4_jax.checkpoint.leaves import ModelLeaves, check_dtype, empty, parameter_shapes
+from llama4_jax.checkpoint import items, low_bit, mapping, store, tensors
+from llama4_jax.checkpoint.leaves import Leaves, ModelLeaves, abstract, check_dtype, empty, parameter_shapes
+from llama4_jax.checkpoint.low_bit import Held
 from llama4_jax.config import Llama4Config
 from llama4_jax.core import names, partitioning
 from llama4_jax.core.partitioning import Placement
@@ -49,7 +52,7 @@ def save_native(model: Llama4, folder) -> None:
             path: writer.write(item(staged, path), spec, leaves.axis(path), functools.partial(leaves.window, path))
             for path, spec in leaves.specs.items()
         }
-        write_manifest(staged, model.config, records)
+        write_manifest(staged, leaves, records)
 
 
 def load_native(
@@ -62,26 +65,30 @@ def load_native(
 ) -> Llama4:
     """The model in `folder`, with weights converted to `dtype` ("float32", "bfloat16", "float16"; None: as stored).
 
-    With a `mesh` each parameter goes straight into the shards that `placement` gives it, and each process reads only what
-    its devices hold, a shard at a time. `scan` as in `Llama4`.
+    Parameters that were saved in few bits are so again, and stand for arrays of `dtype`. With a `mesh` each array goes
+    straight into the shards that `placement` gives it, and each process reads only what its devices hold, a shard at a
+    time. `scan` as in `Llama4`.
     Raises FileNotFoundError for missing files, ValueError for a manifest that does not fit its own configuration (all
     of it in one message), for another format and where the bits of a parameter are not those that were saved.
     """
     check_dtype(dtype)
     leaves = NativeLeaves(folder)
-    abstract = jax.eval_shape(lambda: Llama4(leaves.config, rngs=nnx.Rngs(0), scan=scan))
-    graph, state = nnx.split(abstract)
-    places = names.split(partitioning.shardings(abstract, placement, mesh))[1] if mesh else {}
+    homes = mapping.unstacked(leaves.config, parameter_shapes(leaves.config, stacked=scan))
+    held = low_bit.stacked(homes, leaves.held_as(dtype))
+    model = abstract(leaves.config, held, stacked=scan)
+    structure, wanted = names.split(model)
+    places = names.split(partitioning.shardings(model, placement, mesh))[1] if mesh else {}
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    parameters = {".".join(map(str, path)): (path, parameter) for path, parameter in nnx.to_flat_state(state)}
-    layers: dict[str, list[str]] = {path: [] for path in parameters}  # of a stacked parameter, in their order
-    for path, (home, _) in mapping.unstacked(leaves.config, parameters).items():
-        layers[home].append(path)
-    filled = []
-    for name, (path, parameter) in parameters.items():
-        array = leaves.array(layers[name], parameter.shape, places.get(name, here))
-        filled.append((path, parameter.replace(array if dtype is None else array.astype(dtype))))
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    layers: dict[str, list[str]] = {}  # of a stacked array, in their order
+    for path, (home, _) in mapping.unstacked(leaves.config, list(map(low_bit.stored_name, wanted))).items():
+        layers.setdefault(home, []).append(path)
+    filled = {}
+    for name, leaf in wanted.items():
+        stored = low_bit.stored_name(name)
+        array = leaves.array(layers[stored], leaf.shape, places.get(name, here))
+        keep = dtype is None or low_bit.split(stored, held)[1] is not None
+        filled[name] = array if keep else array.astype(dtype)
+    return structure.merge(filled)
 
 
 class NativeLeaves:
@@ -93,22 +100,48 @@ class NativeLeaves:
         document = _read_manifest(self._folder)
         self.config = configs.from_dict(Llama4Config, document["config"])
         self.records: dict[str, items.Record] = document["parameters"]
+        self._saved = {path: Held.from_json(fields) for path, fields in document.get("quantised", {}).items()}
+        self.held = self.held_as(dtype)
         stored = {path: tuple(record["shape"]) for path, record in self.records.items()}
-        shapes = parameter_shapes(self.config, stacked=False)
+        shapes = low_bit.in_parts(parameter_shapes(self.config, stacked=False), self.held)
         mapping.account(mapping.identity(shapes), {"": stored}, shapes, f"checkpoint {folder}")
+        self._check_parts()
         self.specs = {
-            path: (tuple(record["shape"]), np.dtype(dtype or record["dtype"])) for path, record in self.records.items()
+            path: (
+                tuple(record["shape"]),
+                jnp.dtype(record["dtype"] if self._in_few(path) else dtype or record["dtype"]),
+            )
+            for path, record in self.records.items()
         }
+
+    def held_as(self, dtype: str | None) -> dict[str, Held]:
+        """How parameters in few bits are held, standing for arrays of `dtype` (None: as stored)."""
+        return {path: Held(how.spec, dtype or how.dtype) for path, how in self._saved.items()}
 
     def window(self, path: str, box: mapping.Box) -> np.ndarray:
         """A part of the parameter `path`."""
-        values = items.open_array(item(self._folder, path))[box].read().result()
-        return values.astype(self.specs[path][1], copy=False)
+        return items.read(item(self._folder, path), box).astype(self.specs[path][1], copy=False)
+
+    def _in_few(self, path: str) -> bool:
+        return low_bit.split(path, self._saved)[1] is not None
+
+    def _check_parts(self) -> None:
+        """Raises ValueError listing parts whose dtypes are not those of their specs."""
+        wanted = {f"{path}.{part}": how.part_dtype(part) for path, how in self._saved.items() for part in how.parts}
+        wrong = [
+            f"{name}: wanted {dtype}, got {self.records[name]['dtype']}"
+            for name, dtype in wanted.items()
+            if self.records[name]["dtype"] != str(dtype)
+        ]
+        if wrong:
+            raise ValueError(
+                f"checkpoint {self._folder}: parts are not what the manifest says of them:\n  " + "\n  ".join(wrong)
+            )
 
     def axis(self, path: str) -> int:
         """Along which axis windows are cheap."""
-        chunk = items.open_array(item(self._folder, path)).chunk_layout.read_chunk.shape
-        numbers = [size / step for size, step in zip(self.specs[path][0], chunk)]
+        array = items.open_array(item(self._folder, path))
+        numbers = [size / step for size, step in zip(array.shape, array.chunk_layout.read_chunk.shape)]
         return numbers.index(max(numbers))
 
     def array(self, paths: list[str], shape: mapping.Shape, place: jax.sharding.Sharding) -> jax.Array:
@@ -139,8 +172,11 @@ def item(folder: pathlib.Path, path: str) -> pathlib.Path:
     return pathlib.Path(folder) / PARAMETERS / path
 
 
-def write_manifest(folder: pathlib.Path, config: Llama4Config, records: Mapping[str, items.Record]) -> None:
-    document = {"format": FORMAT, "config": configs.to_dict(config), "parameters": dict(sorted(records.items()))}
+def write_manifest(folder: pathlib.Path, source: Leaves, records: Mapping[str, items.Record]) -> None:
+    """The manifest of what was written of `source`."""
+    document = {"format": FORMAT, "config": configs.to_dict(source.config), "parameters": dict(sorted(records.items()))}
+    if source.held:
+        document["quantised"] = {path: how.to_json() for path, how in sorted(source.held.items())}
     (folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -207,7 +207,7 @@ def _sums_of_bits(arrays: list[jax.Array]) -> list[jax.Array]:
     def total(array):
         if array.dtype == jnp.bool_:
             return jnp.sum(array, dtype=jnp.uint32)
-        word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+        word = {4: jnp.uint4, 8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32}[jax.dtypes.itemsize_bits(array.dtype)]
         return jnp.sum(jax.lax.bitcast_convert_type(array, word), dtype=jnp.uint32)
 
     return [total(array) for array in arrays]

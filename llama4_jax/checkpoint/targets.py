@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -39,6 +39,14 @@ class Target(Protocol):
     def finish(self, folder: pathlib.Path, records: Mapping[str, Record]) -> None: ...
 
 
+class Named(Protocol):
+    """Tensors that are made in pieces when asked for."""
+
+    specs: Mapping[str, tensors.Spec]
+
+    def pieces(self, key: str) -> Iterator[np.ndarray]: ...
+
+
 class Safetensors:
     """Tensors of `named` in `files` (file name -> keys), beside JSON `documents` (file name -> content).
 
@@ -46,7 +54,7 @@ class Safetensors:
     pieces. Raises NotImplementedError for a dtype that is not written.
     """
 
-    def __init__(self, named: assembly.Tensors, files: Mapping[str, list[str]], documents: Mapping[str, dict]):
+    def __init__(self, named: Named, files: Mapping[str, list[str]], documents: Mapping[str, dict]):
         self._named, self._files, self._documents = named, files, documents
         self._specs = named.specs
         self.units = {key: tensors.spec_bytes(spec) for key, spec in self._specs.items()}
@@ -115,7 +123,7 @@ class Native:
         return items.stored_record(native.item(folder, unit))
 
     def finish(self, folder: pathlib.Path, records: Mapping[str, Record]) -> None:
-        native.write_manifest(folder, self._source.config, {path: records[path] for path in self.units})
+        native.write_manifest(folder, self._source, {path: records[path] for path in self.units})
 
 
 def make(kind: str, source: Leaves, max_shard_bytes: int, transform: Transform | None) -> Target:
@@ -128,10 +136,10 @@ def make(kind: str, source: Leaves, max_shard_bytes: int, transform: Transform |
     if transform is not None:
         raise NotImplementedError(f"a transform on the way to {kind!r}; only 'orbax' stores what a transform makes")
     if kind == "meta":
-        named = assembly.Tensors(source, layouts.META_MODULES)
-        return Safetensors(named, {meta.WRITTEN: list(named.specs)}, meta.documents(source))
-    named = assembly.Tensors(source, _HF[kind])
-    return Safetensors(named, tensors.plan_folder(named.specs, max_shard_bytes), hf.documents(source))
+        contents, named = meta.documents(source), assembly.Tensors(source, layouts.META_MODULES)
+        return Safetensors(named, {meta.WRITTEN: list(named.specs)}, contents)
+    contents, named = hf.documents(source), hf.named_tensors(source, _HF[kind])
+    return Safetensors(named, tensors.plan_folder(named.specs, max_shard_bytes), contents)
 
 
 _HF: dict[str, mapping.Layout] = {"hf": layouts.HF_FUSED, "hf_unfused": layouts.HF_UNFUSED}

@@ -13,6 +13,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -27,7 +28,8 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+INTEGERS = {"I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}  # of quantised weights
+CODES = {dtype: code for code, dtype in (DTYPES | INTEGERS).items()}
 
 Spec = tuple[tuple[int, ...], np.dtype]  # shape and dtype of a tensor
 
@@ -36,10 +38,16 @@ class Reader:
     """The tensors of a folder's safetensors files: shapes and dtypes at once, values when asked for.
 
     Invariants: `shapes` and `dtypes` have the same keys; each key lives in exactly one file. Raises FileNotFoundError
-    where files are missing, ValueError where index and files disagree or where a dtype is not a float this reads.
+    where files are missing, ValueError where index and files disagree or where a dtype is none of `dtypes`.
     """
 
-    def __init__(self, folder: pathlib.Path, listing: Mapping[str, set[str] | None]):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        listing: Mapping[str, set[str] | None],
+        dtypes: Mapping[str, np.dtype] = MappingProxyType(DTYPES),
+    ):
+        self._known = dtypes
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
         self._places: dict[str, tuple[pathlib.Path, int]] = {}
@@ -58,13 +66,13 @@ class Reader:
                 self._add(key, entry, start, folder / name)
 
     def _add(self, key: str, entry: Mapping[str, Any], start: int, path: pathlib.Path) -> None:
-        if entry["dtype"] not in DTYPES:
+        if entry["dtype"] not in self._known:
             raise NotImplementedError(
-                f"{path.name}: {key} has dtype {entry['dtype']}; this reads {', '.join(DTYPES)}. "
+                f"{path.name}: {key} has dtype {entry['dtype']}; this reads {', '.join(self._known)}. "
                 "Dequantise the checkpoint to bfloat16 first."
             )
         self.shapes[key] = tuple(entry["shape"])
-        self.dtypes[key] = DTYPES[entry["dtype"]]
+        self.dtypes[key] = self._known[entry["dtype"]]
         self._places[key] = path, start + entry["data_offsets"][0]
 
     def read(self, key: str, rows: slice = slice(None)) -> np.ndarray:
@@ -98,8 +106,8 @@ def _read_header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
 
 
 def open_folder(folder: pathlib.Path) -> contextlib.AbstractContextManager[Reader]:
-    """A `Reader` of `folder`."""
-    return contextlib.nullcontext(Reader(folder, _listing(folder)))
+    """A `Reader` of `folder`, of integers too."""
+    return contextlib.nullcontext(Reader(folder, _listing(folder), DTYPES | INTEGERS))
 
 
 def open_file(path: pathlib.Path) -> contextlib.AbstractContextManager[Reader]:

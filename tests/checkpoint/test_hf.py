@@ -211,7 +211,7 @@ def test_dtypes_that_are_no_weights_are_refused_by_name(folders, tmp_path):
     def quantise(named):
         named["lm_head.weight"] = named["lm_head.weight"].astype(np.int8)
 
-    with pytest.raises(NotImplementedError, match="lm_head.weight has dtype I8"):
+    with pytest.raises(NotImplementedError, match="lm_head.weight has dtype int8"):
         checkpoint.load_hf(rewrite(folders["scout"], tmp_path / "int8", quantise))
 
 

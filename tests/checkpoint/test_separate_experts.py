@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llama4_jax import checkpoint
-from llama4_jax.checkpoint import assembly, quantised
+from llama4_jax.checkpoint import assembly, quantised, schemes
 from llama4_jax.core import names
 from llama4_jax.testing import tiny
 
@@ -168,7 +168,9 @@ def test_a_scale_that_is_no_positive_number_is_refused(scale):
     [
         {"quant_method": "fbgemm_fp8"},
         {"config_groups": {}},
-        {"config_groups": {"g": {"weights": {"type": "int", "num_bits": 8, "strategy": "channel"}}}},
+        {"format": "nvfp4-pack-quantized"},
+        {"config_groups": {"g": {"weights": {"type": "int", "num_bits": 3, "strategy": "channel"}}}},
+        {"config_groups": {"g": {"weights": {"type": "int", "num_bits": 4, "group_size": 8, "actorder": "group"}}}},
         {"config_groups": {"g": {"weights": {"type": "float", "num_bits": 4, "strategy": "channel"}}}},
         {"config_groups": {"g": {"weights": {"type": "float", "num_bits": 8, "strategy": "block"}}}},
         {
@@ -180,5 +182,5 @@ def test_a_scale_that_is_no_positive_number_is_refused(scale):
 )
 def test_other_quantisations_are_refused_with_what_was_seen(change):
     with pytest.raises(NotImplementedError, match="wanted quant_method 'compressed-tensors'") as error:
-        quantised.check_config({**COMPRESSED, **change})
+        schemes.Schemes({**COMPRESSED, **change})
     assert str(next(iter(change.values()))) in str(error.value)
