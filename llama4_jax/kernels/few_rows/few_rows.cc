@@ -12,6 +12,7 @@
 namespace {
 
 constexpr int64_t kPiece = 256 * 1024;  // bytes of a matrix that a thread takes at a time
+constexpr int64_t kFar = 8192;          // bytes between what is read and what is asked for
 
 // kLanes weights, or one, as float32. A bfloat16 is the upper half of a float32.
 inline Floats wide(const float* weights) { return *reinterpret_cast<const Floats*>(weights); }
@@ -36,7 +37,8 @@ inline void tile(const float* rows, const T* matrix, float* out, int64_t k, int6
     Floats weights[N];
     UNROLL for (int j = 0; j < N; ++j) {
       weights[j] = wide(matrix + j * k + at);
-      __builtin_prefetch(reinterpret_cast<const char*>(matrix + j * k + at) + kAhead);
+      // N rows are one stretch of memory: asked for from first to last, into the second level, where more may be under way.
+      __builtin_prefetch(reinterpret_cast<const char*>(matrix + N * at + j * kLanes) + kFar, 0, 2);
     }
     UNROLL for (int i = 0; i < M; ++i) {
       Floats row = wide(rows + i * k + at);
