@@ -16,9 +16,10 @@ import jax.numpy as jnp
 
 from llama4_jax.core import partitioning
 from llama4_jax.core.quantized import QuantizedArray
-from llama4_jax.kernels.int4_matmul import reference, xla
+from llama4_jax.kernels.int4_matmul import operands, reference, tpu, xla
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+IMPLEMENTATIONS = {"reference": reference, "xla": xla, "pallas_tpu": tpu}
+KERNELS = {"tpu": "pallas_tpu"}  # by platform
 
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def matmul(x: jax.Array, weight: QuantizedArray, *, implementation: str | None =
         NotImplementedError: for what a named implementation cannot do.
     """
     _check(x, weight, leading=0)
-    name = _named(implementation, x, weight)
+    name = _named(implementation, x, weight, 0)
     if x.shape[0] == 0:
         return jnp.zeros((0, *weight.shape[1:]), x.dtype)
     with jax.named_scope("int4_matmul"):
@@ -67,7 +68,7 @@ def grouped(
             f"group_sizes must be integers [e={weight.shape[0]}], one for each matrix; got "
             f"{group_sizes.dtype}{list(group_sizes.shape)}; count rows with zeros(e, int32).at[experts].add(1)"
         )
-    name = _named(implementation, x, weight)
+    name = _named(implementation, x, weight, 1)
     if x.shape[0] == 0:
         return jnp.zeros((0, *weight.shape[2:]), x.dtype)
     with jax.named_scope("int4_grouped"):
@@ -77,17 +78,22 @@ def grouped(
 
 
 @functools.cache
-def choose(platform: str, rows: int, values: str) -> str:
-    """The implementation for a platform ("cpu", "gpu", "tpu"), rows and the dtype of values, logged once for each."""
+def choose(platform: str, limit: str | None) -> str:
+    """The implementation for a platform ("cpu", "gpu", "tpu"), logged once for each reason.
+
+    limit: what of the product the kernels cannot do, see `operands.refusal`.
+    """
     name, reason = "xla", f"there is no kernel for {platform}"
-    _logger.info("products of %d rows with %s weights on %s run as %r: %s", rows, values, platform, name, reason)
+    if platform in KERNELS:
+        name, reason = (KERNELS[platform], "it reads few bits") if limit is None else (name, f"no kernel does {limit}")
+    _logger.info("products with few-bit weights on %s run as %r: %s", platform, name, reason)
     return name
 
 
-def _named(implementation: str | None, x: jax.Array, weight: QuantizedArray) -> str:
+def _named(implementation: str | None, x: jax.Array, weight: QuantizedArray, leading: int) -> str:
     if implementation is None:
-        values = weight.values.dtype.name
-        return "xla" if _trained(weight) else choose(partitioning.platform(), x.shape[0], values)
+        limit = operands.refusal(x.dtype, weight, leading)
+        return "xla" if _trained(weight) else choose(partitioning.platform(), limit)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown; use None or one of {sorted(IMPLEMENTATIONS)}")
     return implementation
