@@ -19,7 +19,8 @@ Expected:  docs/sharding.md and docs/scaling.md.
 `--set` changes the model, `--train` the training, as in pretrain_nano. `--search` compiles what is asked and the most
 promising other meshes, placements, policies of remat, places to keep things in and microbatches, and ranks them; `--within`
 bounds what they may take. Attention is counted by formula: over the keys that the mask leaves in one document a row, since
-its loops depend on data. `--mode=conversion` makes parameters of the tensors of a released checkpoint.
+its loops depend on data. `--mode=conversion` makes parameters of the tensors of a released checkpoint, `--mode=qat` trains with
+rounding to few bits (`--train qat.recipe=...`, int4_all by default).
 `--closed_form` gives the formulas that a search leaves layouts out by, and compiles nothing.
 Answers of the compiler are kept in --answers, so that no program is compiled twice; --fresh compiles it again.
 """
@@ -40,7 +41,7 @@ from tqdm import tqdm
 from experiments import output
 from llama4_jax import config as configs
 from llama4_jax.config import presets, quant
-from llama4_jax.config.train import REMAT, TrainConfig
+from llama4_jax.config.train import REMAT, QatConfig, TrainConfig
 from llama4_jax.core import partitioning
 from llama4_jax.model import accounting
 from llama4_jax.plan import estimate, search, topology
@@ -50,7 +51,7 @@ from llama4_jax.plan.weights import PLAIN, Kept
 from llama4_jax.train import shards
 
 MODEL = flags.DEFINE_enum("model", "scout", sorted(presets.PRESETS), "which preset")
-MODE = flags.DEFINE_enum("mode", "train", MODES, "which step")
+MODE = flags.DEFINE_enum("mode", "train", [*MODES, "qat"], "which step; qat: training that rounds to few bits")
 TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x8", "kind of TPU and shape of the slice")
 MESH = flags.DEFINE_string("mesh", "fsdp=-1", "sizes of mesh axes; -1 takes what is left")
 BATCH = flags.DEFINE_integer("batch", 256, "rows, over all devices", lower_bound=1)
@@ -75,18 +76,20 @@ FRESH = flags.DEFINE_boolean("fresh", False, "compile even what was compiled bef
 def asked() -> tuple[Job, Choice]:
     """What the flags ask for."""
     topology.device(TOPOLOGY.value)
-    training = TrainConfig(steps=1000, compute_dtype="bfloat16", remat=REMATERIALISE.value, logits_limit=2**28)
-    training = configs.apply(training, TRAIN.value)
+    rounding = QatConfig(recipe="int4_all") if MODE.value == "qat" else QatConfig()
+    training = {"steps": 1000, "compute_dtype": "bfloat16", "logits_limit": 2**28, "qat": rounding}
+    training = configs.apply(TrainConfig(remat=REMATERIALISE.value, **training), TRAIN.value)
+    mode = "train" if MODE.value == "qat" else MODE.value
     job = Job(
         config=configs.apply(presets.PRESETS[MODEL.value](), SET.value),
-        mode=MODE.value,
+        mode=mode,
         topology=TOPOLOGY.value,
         batch=BATCH.value,
         length=LENGTH.value,
         training=training,
         kept=kept(),
     )
-    placement = PLACEMENTS[PLACEMENT.value or ("train" if MODE.value in ("train", "conversion") else "serve")]
+    placement = PLACEMENTS[PLACEMENT.value or ("train" if mode in ("train", "conversion") else "serve")]
     mesh = partitioning.make_mesh(shards.parse(MESH.value), job.devices)
     return job, Choice.of(mesh, placement, training)
 
@@ -133,7 +136,7 @@ def show(found: list[search.Tried]) -> None:
     print(f"\n{head}  {'GiB':>6}  {'expected':>8}  {'wire GiB':>8}  {'PFLOP':>7}  {'s, estimate':>11}  {'MFU':>5}")
     for tried in search.ranked(found, within()):
         names = [flag.split("=", 1)[1] for flag in tried.choice.flags()]
-        names[2:] = names[2:] if MODE.value == "train" else "---"  # serving has none of these
+        names[2:] = names[2:] if MODE.value in ("train", "qat") else "---"  # serving has none of these
         row = f"{names[0]:<{mesh}}  {names[1]:<9}  {names[2]:<11}  {names[3]:>5}  {names[4]:<7}"
         print(f"{row}  {numbers(tried)}{'  <- asked' if tried is found[0] else ''}")
     print()
@@ -191,6 +194,7 @@ def main(_) -> None:
     results |= {"mesh": mesh, "placement": choice.placement.name}
     varied = ("remat", "accumulation", "kept_in") if job.mode == "train" else ()
     results |= {name: getattr(choice, name) for name in varied}
+    results |= {"qat": job.training.qat.recipe} if job.mode == "train" and job.training.qat.recipe else {}
     results |= {} if job.kept == PLAIN else {"kept": job.kept.name}
     results |= {"parameters": parameters.total, "active_parameters": parameters.active, "devices": job.size}
     results |= {"closed_form": rough(job, choice)}

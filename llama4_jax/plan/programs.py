@@ -14,12 +14,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama4_jax.config import Llama4Config
-from llama4_jax.config.train import TrainConfig
+from llama4_jax.config.train import QatConfig, TrainConfig
 from llama4_jax.core import names, partitioning
 from llama4_jax.core.partitioning import Placement
 from llama4_jax.model import Cache, Llama4
 from llama4_jax.plan import weights
 from llama4_jax.plan.weights import PLAIN, Kept
+from llama4_jax.quant import fake
+from llama4_jax.quant import recipe as recipes
 from llama4_jax.train import losses, optim, state, step
 
 CACHE_AXES = ("batch", "kv_heads", "time", "head_dim")  # of a layer's keys and values
@@ -37,6 +39,7 @@ def train(
 ) -> Step:
     """The optimiser step on `batch` rows of `length` text tokens, all microbatches together."""
     structure, params = abstract_params(config, jnp.float32, placement, mesh)
+    params |= _ranges(params, train.qat)
     optimizer = optim.make(train.optimizer, train.steps)
     shapes = jax.eval_shape(functools.partial(state.create, optimizer=optimizer), params)
     shapes = placed(shapes, state.shardings(shapes, {name: leaf.sharding for name, leaf in params.items()}))
@@ -90,6 +93,16 @@ def abstract_params(config: Llama4Config, dtype, placement: Placement, mesh: Mes
     model = weights.abstract(config, recipe, dtype=dtype, scan=scan)
     structure, params = names.split(model)
     return structure, placed(params, names.split(partitioning.shardings(model, placement, mesh))[1])
+
+
+def _ranges(params: dict, config: QatConfig) -> dict:
+    """The ranges that are trained beside `params`, as `train.qat.prepared` adds them."""
+    if not config.recipe or config.ranges != "learned":
+        return {}
+    specs = recipes.specs(params, config.preset)
+    ranges = jax.eval_shape(lambda: fake.learned(params, specs))
+    owners = {name: params[name.removesuffix(fake.RANGE)].sharding for name in ranges}
+    return placed(ranges, {name: state.divided(owners[name], leaf.shape) for name, leaf in ranges.items()})
 
 
 def placed(shapes, places):

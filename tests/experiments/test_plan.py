@@ -70,3 +70,13 @@ def test_a_conversion_exchanges_nothing_and_its_hosts_read_each_part_of_the_file
     # All four chips have one host, which reads all of the files.
     assert found["read_by_a_host_gib"] == pytest.approx(found["parameters"] * 2 / 2**30, rel=1e-6)
     assert "mfu" not in printed and "tokens_per_second" not in printed
+
+
+@pytest.mark.thorough
+def test_a_step_of_training_with_rounding_holds_the_ranges_that_it_learns(script, tmp_path):
+    learned = ("--train", "qat.group=8", "--train", "qat.ranges=learned")
+    found, _ = plan(script, tmp_path, "--mode=qat", "--mesh=data=4", "--length=64", *learned)
+    memory, weights = found["memory_gib"], 4 * found["parameters"] / 2**30  # float32, whole on each device
+    assert found["mode"] == "qat" and found["qat"] == "int4_all" and found["fits"]
+    assert 1.05 * weights < memory["parameters"] < 1.125 * weights  # one for each 8 weights of most matrices
+    assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=0.01)
