@@ -1,7 +1,6 @@
 """The parameters of a module by dotted name, and a module with some of them replaced.
 
-Here a parameter is whatever its `nnx.Param` holds, so that a quantised one is one leaf under its own name. `core.names`
-lists the arrays that it is made of.
+Here a parameter is whatever its `nnx.Param` holds, so that a quantised one is one leaf under its own name.
 """
 
 from __future__ import annotations
@@ -11,15 +10,11 @@ from collections.abc import Mapping
 import jax
 from flax import nnx
 
+from llama4_jax.core import names
 from llama4_jax.core.quantized import QuantizedArray
 
 Leaf = jax.Array | QuantizedArray
-
-
-def listed(module: nnx.Module) -> dict[str, Leaf]:
-    """Every parameter of `module`, which may be abstract, in the order of its tree."""
-    leaves = jax.tree.leaves_with_path(module, is_leaf=_is_parameter)
-    return {_dotted(path): parameter.get_value() for path, parameter in leaves}
+listed = names.held  # every parameter of a module, which may be abstract, by name
 
 
 def replaced(module: nnx.Module, leaves: Mapping[str, Leaf]) -> nnx.Module:
@@ -32,20 +27,12 @@ def replaced(module: nnx.Module, leaves: Mapping[str, Leaf]) -> nnx.Module:
         raise ValueError(f"the module has no parameter {', '.join(unknown)}; it has {', '.join(listed(module))}")
 
     def place(path, parameter: nnx.Param) -> nnx.Param:
-        name = _dotted(path)
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
         return parameter.replace(leaves[name]) if name in leaves else parameter
 
-    return jax.tree.map_with_path(place, module, is_leaf=_is_parameter)
+    return jax.tree.map_with_path(place, module, is_leaf=lambda node: isinstance(node, nnx.Param))
 
 
 def quantised(module: nnx.Module) -> dict[str, QuantizedArray]:
     """Those of its parameters that are held in few bits."""
     return {name: leaf for name, leaf in listed(module).items() if isinstance(leaf, QuantizedArray)}
-
-
-def _is_parameter(node) -> bool:
-    return isinstance(node, nnx.Param)
-
-
-def _dotted(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")

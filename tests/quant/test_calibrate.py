@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama4_jax.config import presets
 from llama4_jax.config.lora import LoraConfig
 from llama4_jax.config.quant import QuantRecipe, QuantSpec, int4_all
 from llama4_jax.core.quantized import QuantizedArray
@@ -22,18 +22,14 @@ from llama4_jax.testing import tiny
 ROUTERS = QuantRecipe(name="with routers", rules=(("router.kernel", QuantSpec(group=8)), *int4_all(8).rules))
 
 
-def config(**changes):
-    """Dense and mixture layers, chunked and global ones, one over; two experts a token, biases."""
-    text = tiny.text_config().text
-    attention = dataclasses.replace(text.attention, bias=True)
-    moe = dataclasses.replace(presets.tiny().text.moe, step=2)
-    text = dataclasses.replace(text, attention=attention, moe=moe, **changes)
-    return dataclasses.replace(tiny.text_config(), text=text)
-
-
 @pytest.fixture(scope="module")
 def model() -> Llama4:
-    return tiny.model(config(num_layers=3), scan=False)
+    """Two periods of a chunked dense layer and a global mixture; two experts a token, biases."""
+    text = tiny.text_config().text
+    attention = dataclasses.replace(text.attention, bias=True)
+    moe = dataclasses.replace(text.moe, step=2)
+    text = dataclasses.replace(text, num_layers=4, attention=attention, moe=moe)
+    return tiny.model(dataclasses.replace(tiny.text_config(), text=text))
 
 
 @pytest.fixture(scope="module")
@@ -43,76 +39,84 @@ def batches() -> list[dict[str, np.ndarray]]:
     return [{"tokens": rng.integers(0, 128, (2, 12)).astype(np.int32), "segments": segments} for _ in range(2)]
 
 
-def seen_by_modules(model: Llama4, batches, monkeypatch) -> dict[str, list[np.ndarray]]:
-    """Rows that each matrix multiplies, by the name of the parameter, in the order in which modules are called."""
-    names = {id(leaf): name for name, leaf in matrices.listed(model).items()}
-    seen: dict[str, list] = {}
+def seen_by_modules(model: Llama4, batch) -> dict[str, tuple]:
+    """What each matrix of a model of layers that stand alone multiplies, as its module is called; by the parameter's name."""
 
-    def keep(parameter, rows, *more):
-        seen.setdefault(names[id(parameter.get_value())], []).append((rows, *more))
+    def run(model, batch):
+        names, seen = {id(leaf): name for name, leaf in matrices.listed(model).items()}, {}
+        linear, experts = Linear.__call__, Experts.__call__
 
-    linear, experts = Linear.__call__, Experts.__call__
+        def watched_linear(self, x, *more, **options):
+            seen[names[id(self.kernel.get_value())]] = (x,)
+            return linear(self, x, *more, **options)
 
-    def watched_linear(self, x, dtype=None):
-        keep(self.kernel, x)
-        return linear(self, x, dtype)
+        def watched_experts(self, rows, group_sizes):
+            seen[names[id(self.gate_up.get_value())]] = (rows, group_sizes)
+            return experts(self, rows, group_sizes)
 
-    def watched_experts(self, rows, group_sizes):
-        keep(self.gate_up, rows, group_sizes)
-        return experts(self, rows, group_sizes)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Linear, "__call__", watched_linear)
-        patch.setattr(Experts, "__call__", watched_experts)
-        for batch in batches:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Linear, "__call__", watched_linear)
+            patch.setattr(Experts, "__call__", watched_experts)
             model(batch["tokens"], segments=batch["segments"])
-    return {name: [tuple(np.asarray(part) for part in call) for call in calls] for name, calls in seen.items()}
+        return seen
+
+    return jax.tree.map(np.asarray, jax.jit(run)(model, batch))
 
 
-def exact(taken: list):
-    """What changes no matrix, and keeps the moments that it is given, in the place of a way to round."""
+def exact(taken: list, factor: float = 1.0):
+    """Stands for a way to round: keeps the moments that it is given, and multiplies the matrix."""
 
     def keep(matrix, seen, spec, inputs):
         taken.append(np.asarray(seen))
-        return QuantizedArray(jnp.asarray(matrix, jnp.float32), jnp.ones((1,) * matrix.ndim))
+        return QuantizedArray(jnp.asarray(matrix, jnp.float32), jnp.full((1,) * matrix.ndim, factor))
 
     return keep
 
 
-def test_moments_are_those_of_what_each_module_is_given(model, batches, monkeypatch):
-    specs, taken = recipe.specs(matrices.listed(model), ROUTERS), []
-    names = []
+def test_moments_are_those_of_what_each_module_is_given_and_stacks_keep_their_order(model, batches):
+    specs, calls, taken = recipe.specs(matrices.listed(model), ROUTERS), [], []
 
     @dataclasses.dataclass(frozen=True)
     class Named(calibrate.Task):
         def rounded(self, name, matrix, seen):
-            names.append(name)
+            calls.append(name)
             return super().rounded(name, matrix, seen)
 
-    calibrate.walk(model, batches, Named(specs, exact(taken)))
-    found = dict(zip([f"{name}.{names[:i].count(name)}" for i, name in enumerate(names)], taken))  # expert e is call e
-    present = np.concatenate([batch["segments"].reshape(-1) != 0 for batch in batches])
+    made, _ = calibrate.walk(model, batches, Named(specs, exact(taken)))
+    assert matrices.quantised(made).keys() == specs.keys()
+    for name, leaf in matrices.quantised(made).items():
+        np.testing.assert_array_equal(leaf.values, matrices.listed(model)[name], err_msg=name)
 
-    def check(name, rows):
-        np.testing.assert_allclose(found.pop(name), rows.T @ rows, rtol=1e-4, atol=1e-4 * np.square(rows).max())
+    assert model.decoder.periods == 2
+    found = {name: [moments for call, moments in zip(calls, taken) if call == name] for name in specs}
+    alone = model.unrolled()
+    weights, seen = matrices.listed(alone), [seen_by_modules(alone, batch) for batch in batches]
 
-    for name, calls in seen_by_modules(model, batches, monkeypatch).items():
+    def check(name: str, rows: np.ndarray) -> None:  # of a layer's parameter; layers and experts come in their order
+        layer, rest = int(name.split(".")[2]) if name != "head.kernel" else 0, name.split(".", 3)[-1]
+        wanted = rows.T @ rows
+        moments = found[name if name == "head.kernel" else f"decoder.period.{layer % 2}.{rest}"].pop(0)
+        np.testing.assert_allclose(moments, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
+
+    for name in seen[0]:
         if name.endswith("experts.gate_up"):
             for e in range(4):
-                rows = [np.split(rows, np.cumsum(sizes))[e] for rows, sizes in calls]
-                check(f"{name}.{e}", np.concatenate(rows))
-                gate, up = np.einsum("rd,dgf->grf", np.concatenate(rows), np.asarray(matrices.listed(model)[name])[e])
-                check(f"{name.replace('gate_up', 'down')}.{e}", gate / (1 + np.exp(-gate)) * up)
-        elif name in specs:
-            rows = np.concatenate([rows.reshape(24, -1) for (rows,) in calls])
+                parts = [np.split(rows, np.cumsum(sizes))[e] for rows, sizes in (each[name] for each in seen)]
+                check(name, np.concatenate(parts))
+                gate, up = np.einsum("rd,dgf->grf", np.concatenate(parts), np.asarray(weights[name])[e])
+                check(name.replace("gate_up", "down"), gate / (1 + np.exp(-gate)) * up)
+        else:
+            rows = [
+                each[name][0].reshape(24, -1)[batch["segments"].reshape(-1) != 0] for each, batch in zip(seen, batches)
+            ]
+            check(name, np.concatenate(rows))
             if name.endswith("shared.gate_up.kernel"):
-                check(name.replace("shared.gate_up", "router") + ".0", rows[present])
-            check(f"{name}.0", rows[present])
-    assert not found, "moments of matrices that no module was seen to multiply with"
+                check(name.replace("shared.gate_up", "router"), np.concatenate(rows))
+    assert not any(found.values()), "moments of matrices that no module was seen to multiply with"
 
 
 def test_experts_are_given_tokens_times_scores_and_starved_ones_more_of_them(model):
-    router = model.decoder.tail[1].feed_forward.router
+    router = calibrate._place(model, 1)[1].feed_forward.router
     rows = np.random.default_rng(0).normal(size=(20, 32)).astype(np.float32)
     logits = rows @ np.asarray(router.kernel[...])
     top, scores = np.argsort(-logits, axis=1)[:, :2], 1 / (1 + np.exp(-logits))
@@ -125,58 +129,38 @@ def test_experts_are_given_tokens_times_scores_and_starved_ones_more_of_them(mod
         np.testing.assert_allclose(inputs, rows[chosen] * scores[chosen, e][:, None], rtol=1e-5)
 
 
-def test_stacked_layers_come_out_as_those_that_stand_alone(batches):
-    stacked = tiny.model(config(num_layers=5))
-    assert stacked.decoder.periods == 2 and len(stacked.decoder.tail) == 1
-    models = [
-        ptq.quantise(each, int4_all(8), method="gptq", calibration=batches) for each in (stacked, stacked.unrolled())
-    ]
-    held = matrices.quantised(models[0])
-    assert held["decoder.period.1.feed_forward.experts.down"].shape == (2, 4, 24, 32)
-    assert held["decoder.period.1.feed_forward.experts.down"].scales.shape == (2, 4, 3, 32)
-    alone = matrices.quantised(models[1])
-    for layer in range(5):
-        home, index = (f"decoder.period.{layer % 2}.", layer // 2) if layer < 4 else ("decoder.tail.0.", ...)
-        prefix = f"decoder.tail.{layer}."
-        for name in [name for name in alone if name.startswith(prefix)]:
-            values = held[home + name.removeprefix(prefix)].values[index]
-            np.testing.assert_array_equal(values.astype(jnp.int8), alone[name].values.astype(jnp.int8), err_msg=name)
-
-
 def test_later_layers_are_calibrated_behind_rounded_ones(model, batches):
-    """Rounding the first layer alone changes what the last one is given."""
     specs = recipe.specs(matrices.listed(model), int4_all(8))
-    last = {name: spec for name, spec in specs.items() if name.startswith("decoder.tail.2.")}
+    mixtures = {name: spec for name, spec in specs.items() if name.startswith("decoder.period.1.")}
     plain, behind = [], []
-    calibrate.walk(model, batches, calibrate.Task(last, exact(plain)))
-
-    def rounded(matrix, seen, *more):
-        behind.append(np.asarray(seen))
-        return ptq._clipped(matrix, seen, *more)
-
-    calibrate.walk(model, batches, calibrate.Task(specs, rounded))
-    query, other = plain[0], behind[len(behind) - 1 - len(plain)]  # the unembedding came after
-    assert np.abs(query - other).max() > 1e-3 * np.abs(query).max()
+    calibrate.walk(model, batches, calibrate.Task(mixtures, exact(plain)))
+    calibrate.walk(model, batches, calibrate.Task(specs, exact(behind, factor=0.9)))
+    query, other = plain[0], behind[6]  # after the six matrices of the dense layer before
+    assert np.abs(query - other).max() > 1e-2 * np.abs(query).max()
 
 
 def test_coverage_counts_tokens_and_blind_experts_are_named(model, batches, caplog):
     tokens = sum(int(np.sum(batch["segments"] != 0)) for batch in batches)
     specs = recipe.specs(matrices.listed(model), int4_all(8))
-    _, coverage = calibrate.walk(model, batches, calibrate.Task(specs, exact([])))
-    assert coverage.chosen.keys() == {1} and coverage.chosen[1].sum() == 2 * tokens  # two experts a token
-    np.testing.assert_array_equal(coverage.chosen[1], coverage.used[1])
+
+    def coverage(batches, extra_tokens=0):
+        return calibrate.walk(model, batches, calibrate.Task(specs, exact([]), extra_tokens))[1]
+
+    found = coverage(batches)
+    assert found.chosen.keys() == {1, 3} and found.chosen[1].sum() == 2 * tokens  # two experts a token
+    np.testing.assert_array_equal(found.chosen[3], found.used[3])
     assert not caplog.records
 
-    one = [{"tokens": batches[0]["tokens"][:1, :1]}]  # a token has two of four experts
+    found = coverage(batches, extra_tokens=tokens)
+    assert np.all(found.used[1] == tokens) and not found.starved() and found.starved(tokens + 1)
+    assert found.table().splitlines()[1].split()[0] == "1" and found.to_dict()["3"]["used"] == [tokens] * 4
+
+    one = batches[0] | {"segments": np.zeros((2, 12), np.int32)}
+    one["segments"][0, 0] = 1
     with caplog.at_level(logging.WARNING):
-        _, coverage = ptq.calibrated(model, int4_all(8), one)
-    assert (
-        coverage.starved() == [(1, e) for e in range(4) if coverage.chosen[1][e] == 0] and len(coverage.starved()) == 2
-    )
-    assert "no calibration token for 2 experts" in caplog.text
-    _, coverage = ptq.calibrated(model, int4_all(8), batches, extra_tokens=tokens)
-    assert np.all(coverage.used[1] == tokens) and not coverage.starved()
-    assert coverage.table().splitlines()[1].split()[0] == "1" and coverage.to_dict()["1"]["used"] == [tokens] * 4
+        found = coverage([one])  # the one token goes to two of four experts
+    assert found.starved() == [(layer, e) for layer in (1, 3) for e in range(4) if found.chosen[layer][e] == 0]
+    assert len(found.starved()) == 4 and "no calibration token for 4 experts" in caplog.text
 
 
 def test_what_cannot_be_calibrated_is_refused(model, batches):
