@@ -1,13 +1,13 @@
 """Memory and speed of converting checkpoints: a random one of Scout's widths, in every direction, against a plain copy.
 
-    python -m benchmarks.convert_memory --folder DIR [--layers 1] [--vision_layers 2] [--json PATH]
+    python -m benchmarks.convert_memory --folder DIR [--layers 1] [--vision_layers 2] [--few_bits] [--json PATH]
 
 The checkpoint (8.6 GB in bfloat16 with one decoder layer) and all that is made of it lie in a new folder inside
 --folder, which needs four times its size free, and are deleted at the end. Each direction is `experiments.convert` in a
 process of its own, from the start of Python to the checked target; its peak is the kernel's count of resident memory.
 A plain copy reads and writes the same files in the same run. Where a direction leads back to the first layout, the
 files are compared byte by byte. Target: the peak is below the largest tensor and LIMIT; `others` says how busy other
-programs kept the machine, which memory does not care about and seconds do.
+programs kept the machine, which memory does not care about and seconds do. --few_bits measures rounding alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
 from benchmarks import machine
 
@@ -129,10 +130,10 @@ def _same_bytes(one: pathlib.Path, other: pathlib.Path) -> bool:
         return not second.read(1)
 
 
-def measure(folder: pathlib.Path, size: int) -> list[dict]:
-    """A record for each direction."""
+def measure(folder: pathlib.Path, size: int, steps: Sequence[tuple]) -> list[dict]:
+    """A record for each of `steps`."""
     records = []
-    for read, write, source, target, recipe in STEPS:
+    for read, write, source, target, recipe in steps:
         direction = f"{read} to {write}" + (f", {recipe}" if recipe else "")
         print(direction, file=sys.stderr)
         copying = copy(folder / source, folder / "copy") if source == "hf" else records[-1]["copy_seconds"]
@@ -182,7 +183,9 @@ def main() -> None:
     parser.add_argument("--vision_layers", type=int, default=2, help="layers of the vision tower")
     parser.add_argument("--seed", type=int, default=0, help="of the random bits")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures here too")
+    parser.add_argument("--few_bits", action="store_true", help="only the directions that round to few bits")
     arguments = parser.parse_args()
+    steps = [step for step in STEPS if step[-1] or not arguments.few_bits]
     arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         folder = pathlib.Path(scratch)
@@ -192,7 +195,7 @@ def main() -> None:
         )
         code += f"{arguments.layers}, {arguments.vision_layers}, {arguments.seed})"
         made = json.loads(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout)
-        records = measure(folder, made["bytes"])
+        records = measure(folder, made["bytes"], steps)
     print(f"{made['bytes'] / 1e9:.2f} GB, largest tensor {made['largest'] / 1e9:.2f} GB")
     print(table(records, made["largest"]))
     met = verdict(records, made["largest"])

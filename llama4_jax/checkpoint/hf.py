@@ -39,9 +39,9 @@ def load_hf(
 
     Whether experts are fused is seen from the names of the tensors. Quantised weights are multiplied by their scales; None
     then means the scales' dtype. With `keep_quantised` they stay in few bits, as `core.quantized.QuantizedArray`s that stand
-    for arrays of `dtype`, with inputs rounded as config.json says. Weights are read one parameter at a time: the peak is the model plus its largest
-    parameter. With a `mesh` each goes straight into the shards that `placement` gives it, and this process holds one
-    parameter whole at a time. `scan` as in `Llama4`.
+    for arrays of `dtype`, with inputs rounded as config.json says. Weights are read one parameter at a time: the peak is the
+    model plus its largest parameter. With a `mesh` each goes straight into the shards that `placement` gives it, and this
+    process holds one parameter whole at a time. `scan` as in `Llama4`.
     Raises FileNotFoundError for missing files, ValueError for a configuration or weights that lack, exceed or misshape
     anything (all of it in one message), NotImplementedError for what the model cannot express.
     """

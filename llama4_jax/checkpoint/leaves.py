@@ -223,15 +223,16 @@ def _held(
     for entry in table:
         found.setdefault(entry.path, {})[entry.key] = quantised.get(entry.key)
     few = {path: specs for path, specs in found.items() if any(specs.values())}
+    examples = {path: {spec: key for key, spec in specs.items()} for path, specs in few.items()}
     problems = [
-        f"{path}: " + "; ".join(f"{key} is {spec or 'not quantised'}" for key, spec in specs.items())
-        for path, specs in few.items()
-        if len(set(specs.values())) > 1
+        f"{path}: " + "; ".join(f"{key} is {spec or 'not quantised'}" for spec, key in keys.items())
+        for path, keys in examples.items()
+        if len(keys) > 1
     ]
     if problems:
         raise ValueError(
-            "parameters whose tensors are quantised in several ways cannot be kept in few bits; load them dequantised, or with scan=False:\n  "
-            + "\n  ".join(problems)
+            "parameters whose tensors are quantised in several ways cannot be kept in few bits; load them dequantised, "
+            "or with scan=False:\n  " + "\n  ".join(problems)
         )
     reader = next(iter(readers.values()))
     stored = {path: str(reader.dtypes[f"{next(iter(specs))}.scales"]) for path, specs in few.items()}

@@ -20,6 +20,7 @@ ASYMMETRIC = quant.QuantSpec(group=8, symmetric=False)
 RECIPES = {
     "int4_all": quant.int4_all(8),
     "int4_experts": quant.int4_experts(8),
+    "w4a8": quant.w4a8(8),
     "int8": quant.int8(),
     "fp8_mixed": quant.fp8_mixed(),
     "offsets": quant.QuantRecipe(name="offsets", rules=tuple((name, ASYMMETRIC) for name in quant.EXPERTS)),
@@ -34,8 +35,10 @@ def published(name: str, recipe: str, dtype: str, scratch: pathlib.Path):
     return golden, model, scratch / "published"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [(recipe, "bfloat16") for recipe in RECIPES] + [(recipe, "float32") for recipe in ("int4_all", "fp8_mixed")],
+)
 def test_compressed_tensors_decompresses_what_we_save_to_the_same_bits(recipe, dtype, tmp_path):
     import torch
     from compressed_tensors.compressors import BaseCompressor
