@@ -24,6 +24,7 @@ def test_the_table_says_that_it_is_an_estimate_and_where_a_gain_dies(script, tmp
     assert matplotlib.image.imread(picture).ndim == 3
 
 
+@pytest.mark.thorough
 def test_on_this_machine_it_measures(script, tmp_path):
     path = tmp_path / "measured.json"
     small = ("text.num_layers=1", "text.vocab_size=256", "text.attention.nope_interval=1", "text.moe.num_experts=2")

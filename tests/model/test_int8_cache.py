@@ -29,12 +29,8 @@ class NoisyAttention(DecoderAttention):
 
     def __init__(self, attention: DecoderAttention, seed: jax.Array):
         self.config, self.kind, self.norm_eps, self.seed = attention.config, attention.kind, attention.norm_eps, seed
-        self.query, self.key, self.value, self.output = (
-            attention.query,
-            attention.key,
-            attention.value,
-            attention.output,
-        )
+        self.query, self.key, self.value = attention.query, attention.key, attention.value
+        self.output = attention.output
 
     def _attend(self, query, key, value, context, cache):
         seeds = jax.random.split(self.seed)
@@ -149,10 +145,14 @@ def small():
 
 
 def test_what_is_held_is_within_half_a_step_of_what_came(small):
-    """Of the first layer, whose keys and values are those of the tokens alone; the last four of nine, by slots."""
-    tokens = np.random.RandomState(0).randint(0, 128, (2, 9)).astype(np.int32)
-    run = jax.jit(lambda cache: small(tokens, cache=cache).cache)
-    exact, held = (run(small.init_cache(2, 9, dtype)).tail[0] for dtype in ("float32", "int8"))
+    """Of a chunked layer, nine tokens: the last four, each in its slot."""
+    attention, x = small.decoder.tail[0].attention, jax.random.normal(jax.random.key(0), (2, 9, CONFIG.text.embed_dim))
+
+    @jax.jit
+    def run(cache):
+        return attention(x, small.context(x.shape[:2], cache=cache), cache.tail[0])[1]
+
+    exact, held = (run(small.init_cache(2, 9, dtype)) for dtype in ("float32", "int8"))
     for wanted, got in ((exact.keys, held.keys), (exact.values, held.values)):
         assert got.scales.shape == (2, 2, 4, 1) and got.values.shape == wanted.shape
         np.testing.assert_allclose(got.scales[..., 0], jnp.max(jnp.abs(wanted), -1) / 127, rtol=1e-5)
@@ -178,12 +178,12 @@ def test_dtypes_that_a_cache_cannot_have_are_refused(small):
         accounting.cache_bytes(CONFIG, 9, dtype="int4")
 
 
-def test_generate_passes_the_dtype_on_and_a_stream_says_the_same(small):
-    options = {"max_new_tokens": 6, "cache_dtype": "int8"}
-    said = infer.generate(small, [[5, 17, 90, 3, 1]], **options)
-    assert said[0] == list(infer.stream(small, [5, 17, 90, 3, 1], **options))
+def test_generate_and_stream_pass_the_dtype_on(small):
+    assert len(infer.generate(small, [[5, 17, 90, 3, 1]], max_new_tokens=6, cache_dtype="int8")[0]) == 6
     with pytest.raises(ValueError, match="a cache of int4"):
         infer.generate(small, [[5]], max_new_tokens=1, cache_dtype="int4")
+    with pytest.raises(ValueError, match="a cache of int4"):
+        next(infer.stream(small, [5], max_new_tokens=1, cache_dtype="int4"))
 
 
 def test_values_and_scales_lie_on_the_same_devices(small):

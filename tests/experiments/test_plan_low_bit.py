@@ -1,0 +1,41 @@
+"""A decoding step with weights and cache in few bits, compiled for a TPU that is not here."""
+
+import json
+
+import pytest
+
+from llama4_jax import config as configs
+from llama4_jax.config import presets, quant
+from llama4_jax.model import accounting
+from llama4_jax.plan import memory, weights
+from llama4_jax.plan.memory import GIB, Storage
+
+# Heads of the chip's width; most of the bytes are experts, of which a copy in bfloat16 would show.
+CHANGES = (
+    *("text.num_layers=2", "text.vocab_size=512", "text.attention.nope_interval=2", "text.attention.chunk_size=1024"),
+    *("text.attention.num_heads=4", "text.attention.num_kv_heads=2", "text.attention.head_dim=128"),
+)
+ROWS, SLOTS = 4, 65_536
+
+
+def test_a_decoding_step_in_int4_holds_what_the_recipe_and_the_closed_form_say(script, tmp_path):
+    path, changes = tmp_path / "plan.json", [part for value in CHANGES for part in ("--set", value)]
+    flags = ("--model=bench_151m", "--mode=decode", "--topology=v5e:2x2", "--mesh=data=2,tensor=2", f"--batch={ROWS}")
+    kept = ("--quant=int4_all", "--cache=int8", f"--length={SLOTS}")
+    script("plan", *flags, *kept, *changes, f"--answers={tmp_path}", f"--json={path}")
+    found = json.loads(path.read_text())["memory_gib"]
+    config, recipe = configs.apply(presets.bench_151m(), CHANGES), quant.int4_all()
+
+    # Half of every matrix on a device; routers, norms, and scales of a whole axis are on both.
+    parameters = sum(weights.by_part(config, recipe).values()) / 2
+    assert found["parameters"] * GIB == pytest.approx(parameters, rel=0.03)
+    cache = accounting.cache_bytes(config, SLOTS, batch=ROWS, dtype="int8") / 4
+    assert found["cache"] * GIB == pytest.approx(cache, rel=1e-4) and found["written_in_place"] >= found["cache"]
+
+    need = memory.serve(config, Storage(bits=4), batch=ROWS, context=SLOTS, prompt=1, cache="int8")
+    assert need.weights == 2 * parameters and need.cache == 4 * cache
+    # At most at once would count what is on the chip, and not in its memory, which is much beside so small a model.
+    held = (found["parameters"] + found["cache"] + found["temporaries"]) * GIB
+    assert held == pytest.approx(need.weights / 2 + (need.cache + need.activations) / 4, rel=0.1)
+    # So neither the cache nor all weights are there once more in bfloat16.
+    assert found["temporaries"] * GIB < accounting.parameters(config).routed_experts / 2
