@@ -13,6 +13,8 @@ import jax
 
 from llama4_jax.kernels.int4_matmul.operands import Operands
 
+_logger = logging.getLogger(__name__)
+
 CHIPS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}  # by JAX's device_kind
 INT8 = ("v5e", "v5p", "v6e")  # have matrix units for int8
 VMEM = 32 * 2**20  # bytes of blocks, of which there are two each, to stay below
@@ -26,17 +28,18 @@ class Block(NamedTuple):
     columns: int
 
 
-# (chip, kind): for products of at most so many rows, the columns of a block. Kinds: bits of weights and of activations.
-BUCKETS = (32, 256, 2048)
-COLUMNS: dict[tuple[str, str], tuple[int, ...]] = {}
 ROWS = 256  # of a block, at most
-DEFAULT = (1024, 512, 512)  # of chips that the table lacks
+FEW_ROWS = 64
+# Columns of a block for few rows and for more, by chip and kind: bits of weights and of what they are multiplied with.
+COLUMNS: dict[tuple[str, str], tuple[int, int]] = {}
+DEFAULT = (1024, 512)  # of chips that the table lacks
 
 
-def choose(operands: Operands) -> Block:
-    """The block for a product on the chip that the program is made for."""
-    rows, columns = operands.shape
-    block = Block(min(ROWS, _up(rows, 32)), min(_columns(chip(), kind(operands), rows), _up(columns, LANES)))
+def choose(operands: Operands, columns: int | None = None) -> Block:
+    """The block for a product on the chip that the program is made for; columns: instead of the table's."""
+    rows, outputs = operands.shape
+    columns = columns or _columns(chip(), kind(operands), rows <= FEW_ROWS)
+    block = Block(min(ROWS, _up(rows, 32)), min(columns, _up(outputs, LANES)))
     while vmem(operands, *block) > 2 * VMEM and block.columns > LANES:
         block = block._replace(columns=_up(block.columns // 2, LANES))
     return block
@@ -49,12 +52,11 @@ def kind(operands: Operands) -> str:
 
 
 @functools.cache
-def _columns(chip_name: str, kind_name: str, rows: int) -> int:
-    bucket = next((i for i, most in enumerate(BUCKETS) if rows <= most), len(BUCKETS) - 1)
-    if (chip_name, kind_name) in COLUMNS:
-        return COLUMNS[chip_name, kind_name][bucket]
-    logging.getLogger(__name__).info("no block sizes of %s products are known for %s", kind_name, chip_name)
-    return DEFAULT[bucket]
+def _columns(chip_name: str, kind_name: str, few_rows: bool) -> int:
+    few, more = COLUMNS.get((chip_name, kind_name), DEFAULT)
+    if (chip_name, kind_name) not in COLUMNS:
+        _logger.info("no block sizes of %s products are known for %s: %s", kind_name, chip_name, DEFAULT)
+    return few if few_rows else more
 
 
 def chip() -> str:

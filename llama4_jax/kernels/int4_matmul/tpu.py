@@ -37,18 +37,21 @@ class Kernel:
     semantics: tuple[str, str]
 
 
-def matmul(x: jax.Array, weight: QuantizedArray) -> jax.Array:
-    """`x [m k] @ weight [k n..]`; see `api.matmul`. Raises NotImplementedError for what `operands.refusal` names."""
+def matmul(x: jax.Array, weight: QuantizedArray, *, columns: int | None = None) -> jax.Array:
+    """`x [m k] @ weight [k n..]`; see `api.matmul`. columns: of a block, instead of the table's.
+
+    Raises NotImplementedError for what `operands.refusal` names.
+    """
     operands = Operands.make(x, weight, leading=0, int8=blocks.has_int8())
-    block = blocks.choose(operands)
+    block = blocks.choose(operands, columns)
     kernel = Kernel(rows=block.rows, columns=block.columns, semantics=("parallel", "parallel"))
     return multiply(kernel, operands, x.dtype).reshape(-1, *weight.shape[1:])
 
 
-def grouped(x: jax.Array, weight: QuantizedArray, group_sizes: jax.Array) -> jax.Array:
+def grouped(x: jax.Array, weight: QuantizedArray, group_sizes: jax.Array, *, columns: int | None = None) -> jax.Array:
     """Each row of x [m k] times its group's matrix of weight [e k n..]; see `api.grouped` and `matmul`."""
     operands = Operands.make(x, weight, leading=1, int8=blocks.has_int8())
-    block = blocks.choose(operands)
+    block = blocks.choose(operands, columns)
     kernel = Kernel(rows=block.rows, columns=block.columns, semantics=("parallel", "arbitrary"))
     return multiply_grouped(kernel, operands, group_sizes, x.dtype).reshape(-1, *weight.shape[2:])
 

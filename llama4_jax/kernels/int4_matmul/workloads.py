@@ -60,28 +60,28 @@ W4A8 = QuantSpec(activations="int8")
 OFFSETS = QuantSpec(symmetric=False)
 
 # Rows, inputs and outputs that fill no tile; odd numbers of groups of inputs.
+_ODD = Workload(rows=5, inputs=384, outputs=200)
 SMALL = {
     "one row": Workload(rows=1, inputs=128, outputs=128),
-    "odd groups, ragged outputs": Workload(rows=5, inputs=384, outputs=200),
-    "offsets": Workload(rows=5, inputs=384, outputs=200, spec=OFFSETS),
-    "a scale an output": Workload(rows=17, inputs=256, outputs=136, spec=QuantSpec(group=None)),
-    "small groups": Workload(rows=5, inputs=192, outputs=136, spec=QuantSpec(group=32)),
-    "int8": Workload(rows=5, inputs=256, outputs=136, spec=INT8),
-    "rounded rows": Workload(rows=5, inputs=384, outputs=200, spec=W4A8),
-    "rounded rows, offsets": Workload(
-        rows=5, inputs=256, outputs=136, spec=QuantSpec(activations="int8", symmetric=False)
-    ),
-    "rounded rows, small groups": Workload(
-        rows=5, inputs=64, outputs=136, spec=QuantSpec(group=32, activations="int8")
+    "odd groups, ragged outputs": _ODD,
+    "offsets": dataclasses.replace(_ODD, spec=OFFSETS),
+    "a scale an output": dataclasses.replace(_ODD, rows=40, spec=QuantSpec(group=None)),
+    "small groups": dataclasses.replace(_ODD, inputs=192, spec=QuantSpec(group=32)),
+    "int8": dataclasses.replace(_ODD, spec=INT8),
+    "rounded rows": dataclasses.replace(_ODD, spec=W4A8),
+    "rounded rows, offsets": dataclasses.replace(_ODD, spec=QuantSpec(activations="int8", symmetric=False)),
+    "rounded rows, small groups": dataclasses.replace(
+        _ODD, inputs=192, spec=QuantSpec(group=32, activations="int8", symmetric=False)
     ),
 }
+_GROUPS = Workload(rows=50, inputs=128, outputs=200, group_sizes=(20, 3, 27))
 SMALL_GROUPED = {
-    "uneven": Workload(rows=50, inputs=128, outputs=200, group_sizes=(20, 3, 27)),
+    "uneven": _GROUPS,
     "empty groups": Workload(rows=9, inputs=384, outputs=128, group_sizes=(0, 4, 0, 0, 5, 0)),
-    "all in the last": Workload(rows=40, inputs=128, outputs=136, group_sizes=(0, 0, 40)),
-    "rows of no group": Workload(rows=70, inputs=128, outputs=128, group_sizes=(10, 0, 33), spec=OFFSETS),
-    "no groups' rows": Workload(rows=12, inputs=128, outputs=128, group_sizes=(0, 0)),
-    "one row": Workload(rows=1, inputs=256, outputs=128, group_sizes=(0, 1, 0), spec=W4A8),
+    "all in the last": dataclasses.replace(_GROUPS, group_sizes=(0, 0, 50)),
+    "rows of no group": dataclasses.replace(_GROUPS, group_sizes=(10, 0, 33), spec=OFFSETS),
+    "no groups' rows": dataclasses.replace(_GROUPS, group_sizes=(0, 0, 0)),
+    "one row": dataclasses.replace(_GROUPS, rows=1, group_sizes=(0, 1, 0), spec=W4A8),
     "one group": Workload(rows=19, inputs=128, outputs=128, group_sizes=(19,), spec=INT8),
 }
 
