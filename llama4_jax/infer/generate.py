@@ -7,6 +7,7 @@ position of each token. Lengths are rounded up, so that few programs are compile
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -14,14 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from llama4_jax.core import partitioning
+from llama4_jax.core import names, partitioning
+from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.infer.sampling import GREEDY, Sampler
 from llama4_jax.model import Cache, Llama4, fusion, lora
 from llama4_jax.nn.attention import DecoderAttention, FusedAttention
-from llama4_jax.nn.linear import Linear, TransposedLinear
+from llama4_jax.nn.linear import Embedding, Linear, TransposedLinear, alike, packed
 from llama4_jax.nn.moe import Experts, TransposedExperts
 
 ROUND_TO = 32  # prompt and cache lengths are multiples of this
+
+logger = logging.getLogger(__name__)
 
 
 @struct.dataclass
@@ -44,21 +48,23 @@ def prepare(model: Llama4) -> Llama4:
     """The same model with its weights laid out for decoding: `generate` does this on each call, so do it once.
 
     Adapters are merged and layers stand alone. On one CPU the decoder's matrices are transposed, which costs a copy of the
-    weights.
+    weights; those of few bits are packed.
     """
+    _report_merged(_merged_into_floats(model))
     model = lora.merge(model).unrolled()
     if partitioning.platform() != "cpu" or partitioning.mesh_in_use():
         return model
-    kinds = (DecoderAttention, Linear, Experts)
 
     def lay_out(path, node):
         if type(node) is DecoderAttention:
             return FusedAttention(node)
         if type(node) is Linear and not _in_vision(path):  # pictures are many rows
             return TransposedLinear(node)
+        if type(node) is Embedding:
+            return packed(node)
         return TransposedExperts(node) if type(node) is Experts else node
 
-    return jax.tree.map_with_path(lay_out, model, is_leaf=lambda node: type(node) in kinds)
+    return jax.tree.map_with_path(lay_out, model, is_leaf=_laid_out_whole)
 
 
 def generate(
@@ -105,7 +111,9 @@ def stream(
         state = _decode(model, state, 1, tuple(stop), sampler)
 
 
-def _start(model: Llama4, prompts, max_new_tokens: int, images, stop, sampler: Sampler, seed: int, cache_dtype) -> State:
+def _start(
+    model: Llama4, prompts, max_new_tokens: int, images, stop, sampler: Sampler, seed: int, cache_dtype
+) -> State:
     """Runs the prompts through the model and draws the first new token of each."""
     _check(model, prompts, max_new_tokens, images)
     longest = max(len(prompt) for prompt in prompts)
@@ -157,6 +165,25 @@ def _decode(model: Llama4, state: State, steps: int, stop: tuple[int, ...], samp
         )
 
     return jax.lax.while_loop(lambda state: (state.count < end) & ~jnp.all(state.done), step, state)
+
+
+def _laid_out_whole(node) -> bool:
+    if type(node) is DecoderAttention:  # its products are one, if they can be
+        return alike(node.query, node.key, node.value)
+    return type(node) in (Linear, Experts, Embedding)
+
+
+def _merged_into_floats(model: Llama4) -> int:
+    """Weights in few bits that have adapters."""
+    deltas = lora.deltas(model)
+    held = names.held(model) if deltas else {}
+    return sum(isinstance(held[name], QuantizedArray) for name in deltas)
+
+
+@functools.cache
+def _report_merged(count: int) -> None:
+    if count:
+        logger.warning("decoding reads %d weights as floats: few bits cannot hold the adapters merged into them", count)
 
 
 def _in_vision(path) -> bool:

@@ -16,9 +16,9 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 
 from llama4_jax.config import Llama4Config
-from llama4_jax.core import partitioning
+from llama4_jax.core import names, partitioning
 from llama4_jax.core.partitioning import Placement
-from llama4_jax.kernels import few_rows
+from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.kernels.attention import Layout, Rows, layout
 from llama4_jax.model import fusion, pictures
 from llama4_jax.model.cache import Cache, init_cache
@@ -133,12 +133,13 @@ class Llama4(nnx.Module):
         """Logits [.. v] float32 of hidden states [.. d]."""
         if self.head is not None:
             return self.head(hidden, dtype=jnp.float32)
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        return few_rows.multiply(rows, self.embed.table[...]).reshape(*hidden.shape[:-1], -1)
+        return self.embed.unembed(hidden)
 
-    def unembedding(self) -> jax.Array:
+    def unembedding(self) -> jax.Array | QuantizedArray:
         """The output matrix, [d v], for a loss that multiplies with it piece by piece."""
-        return self.embed.table[...].T if self.head is None else self.head.kernel[...]
+        if self.head is not None:
+            return self.head.kernel[...]
+        return jax.tree.map(jnp.transpose, self.embed.table[...])
 
     def init_cache(self, batch: int, length: int, dtype=None) -> Cache:
         """An empty cache for `batch` rows of at most `length` tokens.
@@ -153,15 +154,14 @@ class Llama4(nnx.Module):
         if not self.decoder.periods:
             return self
         plain = jax.eval_shape(lambda: Llama4(self.config, rngs=nnx.Rngs(0), scan=False))
-        leaves = {_path(path): leaf for path, leaf in jax.tree.leaves_with_path(self)}
+        held = {name: leaf for name, leaf in names.held(self).items() if not name.startswith("decoder.period.")}
         for i, block in enumerate(self.decoder.layers()):
-            for path, leaf in jax.tree.leaves_with_path(block):
-                leaves[f".decoder.tail[{i}]" + _path(path)] = leaf
-        known = {_path(path) for path, _ in jax.tree.leaves_with_path(plain)}
-        extra = [path for path in leaves if path not in known and not path.startswith(".decoder.period")]
+            held |= {f"decoder.tail.{i}.{name}": leaf for name, leaf in names.held(block).items()}
+        structure, known = names.split(plain)
+        extra = [name for name in held if name not in known]
         if extra:
             raise ValueError(f"an unrolled model has no place for {extra[0]}; merge adapters first (model.lora.merge)")
-        return jax.tree.map_with_path(lambda path, _: leaves[_path(path)], plain)
+        return structure.merge(held)
 
     def _fuse(
         self, x, tokens: jax.Array, images: jax.Array, cache: Cache | None = None, remat: bool = False
@@ -197,9 +197,6 @@ def initialise(
         return make()
     places = partitioning.shardings(jax.eval_shape(make), placement, mesh)
     return jax.jit(make, out_shardings=places)()
-
-
-_path = jax.tree_util.keystr
 
 
 def _count(segments: jax.Array) -> jax.Array:

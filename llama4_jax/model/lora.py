@@ -24,12 +24,15 @@ from flax import nnx
 from llama4_jax.config.lora import LoraConfig, matches
 from llama4_jax.core import names
 from llama4_jax.core.names import Structure
+from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.model.llama4 import Llama4
+from llama4_jax.nn import products
 from llama4_jax.nn.linear import Linear
 from llama4_jax.nn.lora import LoraExperts, LoraLinear, LowRank, form_of
 from llama4_jax.nn.moe import Experts
 
-Params = dict[str, jax.Array]
+Params = dict[str, jax.Array | QuantizedArray]
+_FACTORS = ("_delta.lora_a", "_delta.lora_b")
 
 
 def attach(model: Llama4, config: LoraConfig, seed: int = 0) -> Llama4:
@@ -69,24 +72,25 @@ def split(model: Llama4) -> tuple[Structure, Params, Params]:
     A loss of `adapters` alone, with `base` a second argument, has no gradient for the base and no memory for one.
     """
     structure, params = names.split(model)
-    adapters = {name: leaf for name, leaf in params.items() if name.endswith(("_delta.lora_a", "_delta.lora_b"))}
+    adapters = {name: leaf for name, leaf in params.items() if name.endswith(_FACTORS)}
     return structure, adapters, {name: leaf for name, leaf in params.items() if name not in adapters}
 
 
 def detach(model: Llama4) -> Llama4:
     """The plain model under the adapters, with the very arrays that it had before `attach`."""
-    return _plain(model, split(model)[2])
+    return _plain(model, _base(model))
 
 
 def merge(model: Llama4) -> Llama4:
     """A plain model with the adapters in its weights; a model without adapters is returned as it is.
 
-    Sums are made in float32 and rounded once to the dtype of the weight, one layer at a time.
+    Sums are made in float32 and rounded once to the dtype of the weight, one layer at a time. A weight in few bits becomes one
+    of floats; rows that it rounds are rounded still.
     """
     found = deltas(model)
     if not found:
         return model
-    base = split(model)[2]
+    base = _base(model)
     return _plain(model, base | {name: _moved(base[name], delta, 1.0) for name, delta in found.items()})
 
 
@@ -119,14 +123,20 @@ def subtract(model: Llama4) -> Llama4:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _moved(kernel: jax.Array, delta: LowRank, sign: float) -> jax.Array:
+def _moved(kernel: jax.Array | QuantizedArray, delta: LowRank, sign: float) -> jax.Array | QuantizedArray:
     def layer(kernel, delta):
-        return (kernel.astype(jnp.float32) + sign * delta.matrix()).astype(kernel.dtype)
+        moved = products.floats(kernel, jnp.float32).astype(jnp.float32) + sign * delta.matrix()
+        return products.like(kernel, moved.astype(kernel.dtype))
 
     if kernel.ndim == len(delta.form.kernel):
         return layer(kernel, delta)
     # A float32 copy of a whole stack would be twice the size of its bfloat16 weights.
     return jax.lax.map(lambda pair: layer(*pair), (kernel, delta))
+
+
+def _base(model: Llama4) -> Params:
+    """All but the adapters, a weight in few bits as one."""
+    return {name: leaf for name, leaf in names.held(model).items() if not name.endswith(_FACTORS)}
 
 
 def _plain(model: Llama4, params: Params) -> Llama4:

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from llama4_jax.core import names
+from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.model.llama4 import Llama4
 
 NewRows = Callable[[np.ndarray], np.ndarray]  # the old rows [v d] float32 -> the new ones [n d]
@@ -30,7 +31,7 @@ def grow(model: Llama4, new_rows: NewRows) -> Llama4:
 
     The weights keep their dtype; all others are shared with `model`.
     """
-    structure, params = names.split(model)
+    params = names.held(model)
     params[_TABLE] = _append(params[_TABLE], new_rows, axis=0)
     if _HEAD in params:
         params[_HEAD] = _append(params[_HEAD], new_rows, axis=1)
@@ -68,6 +69,8 @@ def drawn(count: int, seed: int) -> NewRows:
 
 def _append(array: jax.Array, new_rows: NewRows, axis: int) -> jax.Array:
     """`array` with new rows behind the old ones on `axis`, the vocabulary's."""
+    if isinstance(array, QuantizedArray):
+        raise ValueError(f"the vocabulary's weights are held in {array.values.dtype}; grow it first, then quantise")
     old = np.moveaxis(np.asarray(array).astype(np.float32), axis, 0)  # [v d]
     new = np.moveaxis(new_rows(old), 0, axis)
     return jnp.concatenate([array, jnp.asarray(new, array.dtype)], axis=axis)

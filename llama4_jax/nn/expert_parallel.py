@@ -17,6 +17,8 @@ Source: dropless mixtures of MegaBlocks (Gale et al. 2022) and the ragged exchan
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import math
 from functools import partial
 
@@ -29,13 +31,15 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from llama4_jax.core import partitioning
 from llama4_jax.core.partitioning import Placement
 from llama4_jax.kernels.exchange import Parts, Schedule, owned, ragged_all_to_all
-from llama4_jax.nn import dispatch, spread
+from llama4_jax.nn import dispatch, products, spread
 from llama4_jax.nn.dispatch import Sorting
 from llama4_jax.nn.router import Routing
 
 # Rounds that an even load takes, and the fewest rows worth one. More rounds leave fewer places empty in the last, but each
 # reads the experts' weights again, and in the backward pass adds to their gradients.
 ROUNDS, FEWEST = 4, 1024
+
+_logger = logging.getLogger(__name__)
 
 (EXPERT,) = partitioning.TRAIN.table["experts"]
 (TENSOR,) = partitioning.TRAIN.table["mlp"]
@@ -173,6 +177,7 @@ def mixture(
         )
     else:
         plan = _Plan(mesh, PartitionSpec(batch, time), num_experts, rows_per_round)
+    experts = experts if _read_as_they_lie(experts, mesh) else products.in_floats(experts, x.dtype)
     routed, seen = _mixture(plan, experts, *arguments)
     return routed.reshape(-1, x.shape[-1])[: present.size].reshape(x.shape) if routed.shape != x.shape else routed, seen
 
@@ -235,12 +240,41 @@ def _is_param(node) -> bool:
 
 
 def _specs(experts: nnx.Module, placement: Placement, mesh: AbstractMesh) -> nnx.Module:
-    """How each parameter is spread; in place of its array."""
+    """How each parameter is spread; in place of its array. Of few bits, scales lie with their values."""
 
     def of(param):
-        return param.replace(partitioning.spec(param.axes[-param.ndim :], param.shape, placement, mesh))
+        axes = param.axes[-param.ndim :]
+
+        def place(part):
+            names = [partitioning.UNSPLIT if size == 1 else axis for axis, size in zip(axes, part.shape)]
+            return partitioning.spec(names, part.shape, placement, mesh)
+
+        return param.replace(jax.tree.map(place, param[...]))
 
     return jax.tree.map(of, experts, is_leaf=_is_param)
+
+
+def _read_as_they_lie(experts: nnx.Module, mesh: AbstractMesh) -> bool:
+    """Whether each device multiplies with its part of weights in few bits: where nothing is trained, and rows stay floats.
+
+    A row that is rounded has one scale for all devices that share it; groups of inputs must divide as the inputs do.
+    """
+    if partitioning.placement_in_use().table != partitioning.SERVE.table:
+        return False
+    weights = [param[...] for param in jax.tree.leaves(experts, is_leaf=_is_param)]
+    if any(products.activations(weight) for weight in weights):
+        return False
+    try:
+        _specs(experts, _READ, mesh)
+    except ValueError as error:
+        _report_floats(str(error))
+        return False
+    return True
+
+
+@functools.cache
+def _report_floats(reason: str) -> None:
+    _logger.info("experts of a mesh that serves become floats before they multiply: %s", reason)
 
 
 def _reduced(gradients: nnx.Module, mesh: AbstractMesh) -> nnx.Module:

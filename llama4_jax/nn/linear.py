@@ -12,8 +12,9 @@ from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from llama4_jax.core import parameter, partitioning
+from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.kernels import few_rows
-from llama4_jax.nn import spread
+from llama4_jax.nn import products, spread
 
 
 class Linear(nnx.Module):
@@ -45,8 +46,7 @@ class Linear(nnx.Module):
         if mesh is not None:
             (y,) = spread.products(mesh, x, [self.kernel], self.num_inputs)
         else:
-            # Sums are fp32 whatever the inputs; XLA's CPU backend is also 2.5x faster so in bfloat16.
-            y = jnp.tensordot(x, self.kernel[...], axes=self.num_inputs, preferred_element_type=jnp.float32)
+            y = products.dense(x, self.kernel[...], self.num_inputs, dtype)
         return self.completed(y, x, dtype)
 
     def completed(self, y: jax.Array, x: jax.Array, dtype=None) -> jax.Array:
@@ -67,23 +67,42 @@ def together(x: jax.Array, *linears: Linear) -> list[jax.Array]:
 class TransposedLinear(nnx.Module):
     """One `Linear`, or several side by side along their first output axis, held as one matrix [outputs inputs].
 
-    For decoding on a CPU, see `kernels.few_rows`.
+    For decoding on a CPU, see `kernels.few_rows`, which also says how matrices of few bits are packed. Several must be `alike`.
     """
 
     def __init__(self, *linears: Linear):
         split = linears[0].num_inputs
-        kernel = jnp.concatenate([linear.kernel[...] for linear in linears], axis=split)
-        self.inputs, self.outputs = kernel.shape[:split], kernel.shape[split:]
-        self.kernel = nnx.Param(kernel.reshape(math.prod(self.inputs), -1).T)
+        kernels = [linear.kernel[...] for linear in linears]
+        self.inputs, (_, *rest) = kernels[0].shape[:split], kernels[0].shape[split:]
+        self.outputs = (sum(kernel.shape[split] for kernel in kernels), *rest)
+        self.activations = products.activations(kernels[0])
+        if few_rows.can_pack(kernels[0]):
+            matrix = few_rows.join([few_rows.pack(kernel, split) for kernel in kernels])
+        else:
+            kernel = jnp.concatenate([products.floats(kernel, kernel.dtype) for kernel in kernels], axis=split)
+            matrix = kernel.reshape(math.prod(self.inputs), -1).T
+        self.kernel = nnx.Param(matrix)
         biases = [linear.bias[...] for linear in linears if linear.bias is not None]
         self.bias = nnx.Param(jnp.concatenate(biases)) if biases else None
 
     def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
         leading = x.shape[: x.ndim - len(self.inputs)]
-        y = few_rows.multiply(x.reshape(-1, math.prod(self.inputs)), self.kernel[...])
+        y = few_rows.multiply(x.reshape(-1, math.prod(self.inputs)), self.kernel[...], self.activations)
         y = y.reshape(*leading, *self.outputs)
         y = y if self.bias is None else y + self.bias[...]
         return y.astype(dtype or x.dtype)
+
+
+def alike(*linears: Linear) -> bool:
+    """Whether their weights can be one matrix: floats all, or few bits of one kind, with scales for the same groups."""
+
+    def form(linear: Linear):
+        weight, split = linear.kernel[...], linear.num_inputs
+        groups = weight.scales.shape[:split] if few_rows.can_pack(weight) else None
+        kind = (weight.values.dtype, weight.offsets is None) if few_rows.can_pack(weight) else None
+        return products.activations(weight), kind, groups
+
+    return len({form(linear) for linear in linears}) == 1
 
 
 class Embedding(nnx.Module):
@@ -96,12 +115,37 @@ class Embedding(nnx.Module):
         """The rows of tokens [b t]: [b t d]."""
         mesh = partitioning.mesh_in_use()
         if mesh is None or tokens.shape[1] == 1:  # a token a row, as in decoding, is not worth an exchange
-            return self.table[...][tokens]
+            return _rows(self.table[...], tokens)
         try:
             places = partitioning.spec(partitioning.BATCH_AXES, tokens.shape, partitioning.placement_in_use(), mesh)
         except ValueError:  # prompts of any size
-            return self.table[...][tokens]
-        return _look_up(self.table[...], tokens, places, mesh)
+            return _rows(self.table[...], tokens)
+        return _look_up(products.floats(self.table[...], self.table.dtype), tokens, places, mesh)
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """Logits [.. v], float32 at least, of x [.. d]: products with every row."""
+        table, rows = self.table[...], x.reshape(-1, x.shape[-1])
+        if isinstance(table, QuantizedArray):
+            return products.dense(x, jax.tree.map(jnp.transpose, table), dtype=jnp.float32)
+        return few_rows.multiply(rows, table).reshape(*x.shape[:-1], -1)
+
+
+def packed(embedding: Embedding) -> Embedding:
+    """The same with a table of few bits laid out for decoding on a CPU; itself if it is of floats."""
+    table = embedding.table[...]
+    if not few_rows.can_pack(table):
+        return embedding
+    rows = few_rows.pack(jax.tree.map(jnp.transpose, table), 1)
+    return jax.tree.map(lambda p: p.replace(rows), embedding, is_leaf=lambda node: isinstance(node, nnx.Param))
+
+
+def _rows(table: jax.Array | QuantizedArray | few_rows.Packed, tokens: jax.Array) -> jax.Array:
+    """The rows of a table [v d]; of few bits no others become floats."""
+    if isinstance(table, few_rows.Packed):
+        return table[tokens].unpack().astype(table.dtype)
+    if isinstance(table, QuantizedArray) and table.scales.shape[0] == table.shape[0]:
+        return jax.tree.map(lambda part: part[tokens], table).dequantize()
+    return table[tokens]
 
 
 def _look_up(table: jax.Array, tokens: jax.Array, places: PartitionSpec, mesh: AbstractMesh) -> jax.Array:

@@ -19,6 +19,7 @@ from flax import nnx
 from llama4_jax.config.lora import LoraConfig
 from llama4_jax.core import parameter
 from llama4_jax.kernels.grouped_matmul import grouped_matmul
+from llama4_jax.nn import products
 from llama4_jax.nn.linear import Linear
 from llama4_jax.nn.mlp import swiglu
 from llama4_jax.nn.moe import Experts
@@ -138,5 +139,5 @@ class LoraExperts(Experts):
 
 
 def _product(rows: jax.Array, kernel: nnx.Param, delta: LowRank | None, group_sizes: jax.Array) -> jax.Array:
-    out = grouped_matmul(rows, kernel[...], group_sizes)
+    out = products.grouped(rows, kernel, group_sizes)
     return out if delta is None else out + delta.grouped(rows, group_sizes)

@@ -14,8 +14,7 @@ from flax import nnx
 from llama4_jax.config import MoeConfig
 from llama4_jax.core import parameter, partitioning
 from llama4_jax.kernels import few_rows
-from llama4_jax.kernels.grouped_matmul import grouped_matmul
-from llama4_jax.nn import dispatch, expert_parallel
+from llama4_jax.nn import dispatch, expert_parallel, products
 from llama4_jax.nn.mlp import Mlp, swiglu
 from llama4_jax.nn.router import Router
 
@@ -33,21 +32,29 @@ class Experts(nnx.Module):
 
     def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """rows [m d] sorted by expert, group_sizes [e] rows of each; rows past their sum give 0."""
-        hidden = swiglu(grouped_matmul(rows, self.gate_up[...], group_sizes))  # [m 2 f] to [m f]
-        return grouped_matmul(hidden, self.down[...], group_sizes)
+        hidden = swiglu(products.grouped(rows, self.gate_up, group_sizes))  # [m 2 f] to [m f]
+        return products.grouped(hidden, self.down, group_sizes)
 
 
 class TransposedExperts(nnx.Module):
     """`Experts` for decoding on a CPU, each matrix transposed (see `kernels.few_rows`): [e 2f d] and [e d f]."""
 
     def __init__(self, experts: Experts):
-        self.gate_up = nnx.Param(einops.rearrange(experts.gate_up[...], "e d two f -> e (two f) d"))
-        self.down = nnx.Param(einops.rearrange(experts.down[...], "e f d -> e d f"))
+        self.activations = tuple(products.activations(kernel[...]) for kernel in (experts.gate_up, experts.down))
+        self.gate_up, self.down = (nnx.Param(_transposed(kernel[...])) for kernel in (experts.gate_up, experts.down))
 
     def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        hidden = few_rows.grouped(rows, self.gate_up[...], group_sizes)
+        hidden = few_rows.grouped(rows, self.gate_up[...], group_sizes, self.activations[0])
         hidden = swiglu(einops.rearrange(hidden, "m (two f) -> m two f", two=2))
-        return few_rows.grouped(hidden, self.down[...], group_sizes)
+        return few_rows.grouped(hidden, self.down[...], group_sizes, self.activations[1])
+
+
+def _transposed(kernel: products.Weight) -> jax.Array | few_rows.Packed:
+    """Each matrix of [e k n..] as [e n k]."""
+    if few_rows.can_pack(kernel):
+        return few_rows.pack(kernel, 1, leading=1)
+    kernel = products.floats(kernel, kernel.dtype)
+    return kernel.reshape(*kernel.shape[:2], -1).swapaxes(1, 2)
 
 
 class Moe(nnx.Module):

@@ -15,6 +15,8 @@ from flax import nnx, struct
 
 from llama4_jax.config import MoeConfig
 from llama4_jax.core import parameter
+from llama4_jax.core.quantized import QuantizedArray
+from llama4_jax.nn import products
 
 
 @struct.dataclass
@@ -37,7 +39,7 @@ class Router(nnx.Module):
 
     def __call__(self, x: jax.Array, present: jax.Array) -> tuple[Routing, dict[str, jax.Array]]:
         """`present` [..] bool tells tokens from padding, which counts in no statistic."""
-        logits = x.astype(self.kernel.dtype) @ self.kernel[...]  # [.. e]
+        logits = self._logits(x.astype(self.kernel.dtype))  # [.. e]
         if self.selection_bias is None:
             # The order of logits is that of their sigmoids, which saturate and would tie.
             chosen, experts = jax.lax.top_k(logits, self.config.top_k)
@@ -48,6 +50,10 @@ class Router(nnx.Module):
             chosen = jnp.take_along_axis(logits, experts, axis=-1)
         scores = jax.nn.sigmoid(chosen.astype(jnp.float32)).astype(x.dtype)
         return Routing(experts=experts, scores=scores), statistics(logits, experts, present)
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...]
+        return products.dense(x, kernel).astype(x.dtype) if isinstance(kernel, QuantizedArray) else x @ kernel
 
 
 def statistics(logits: jax.Array, experts: jax.Array, present: jax.Array) -> dict[str, jax.Array]:

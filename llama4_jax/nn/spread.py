@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from llama4_jax.core import partitioning
 from llama4_jax.core.partitioning import TRAIN
+from llama4_jax.nn.products import activations, floats, rounded
 
 # Axes that only storage splits, of which products read the whole; what splits the others in TRAIN splits their products.
 STORED = ("embed", "vision_embed")
@@ -50,8 +51,12 @@ def products(mesh: AbstractMesh, x: jax.Array, kernels: Sequence[nnx.Param], num
     """`x` [b t inputs] by each kernel [inputs outputs], [b t outputs] in x's dtype.
 
     Devices that share widths add up once: results where they share inputs; where they share outputs, the gradients in x of
-    all the products together.
+    all the products together. Few bits become floats where they lie, before they travel.
     """
+    weights = [kernel[...] for kernel in kernels]
+    if len(rules := {activations(weight) for weight in weights}) > 1:  # rows that are rounded for some of them
+        return [products(mesh, x, [kernel], num_inputs)[0] for kernel in kernels]
+    x = rounded(x, *rules, num_inputs)
     tokens, widths = kernels[0].get_metadata()["tokens"], [_widths(kernel) for kernel in kernels]
     inputs, split = widths[0][:num_inputs], _axes(*(each[num_inputs:] for each in widths))
     stored, summed = [_stored(kernel, mesh) for kernel in kernels], _axes(inputs)
@@ -77,7 +82,7 @@ def products(mesh: AbstractMesh, x: jax.Array, kernels: Sequence[nnx.Param], num
         in_specs=(PartitionSpec(*tokens, *inputs), *(PartitionSpec(*spec) for spec in stored)),
         out_specs=[result(kernel, num_inputs) for kernel in kernels],
     )
-    return call(x, *(kernel[...] for kernel in kernels))
+    return call(x, *(floats(weight, x.dtype) for weight in weights))
 
 
 def result(kernel: nnx.Param, num_inputs: int) -> PartitionSpec:

@@ -1,6 +1,8 @@
 """Few rows times packed matrices of few bits: the compiled library against exact arithmetic with what the bits stand for."""
 
+import ctypes
 import functools
+import platform
 
 import jax
 import jax.numpy as jnp
@@ -168,3 +170,23 @@ def test_only_few_rows_on_a_cpu_go_to_the_library_and_rounded_ones_as_integers(m
     assert "few_rows_int4_int8" in lowered(1, "int8")
     monkeypatch.setattr(native, "available", lambda: False)
     assert "few_rows" not in lowered(1)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86-64")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
+def test_what_is_compiled_for_lesser_processors_gives_the_same(processor, monkeypatch, tmp_path):
+    """No AVX, and AVX2 without products of bytes; a processor that has more runs both."""
+    options = [option for option in native._OPTIONS if not option.startswith("-march")]
+    monkeypatch.setattr(native, "_OPTIONS", (*options, f"-march={processor}"))
+    library = ctypes.CDLL(str(native.build(tmp_path)))
+    for table in ("LOW_BIT", "LOW_BIT_ROWS"):
+        renamed = {key: f"{name}_{processor}" for key, name in getattr(native, table).items()}
+        for key, name in getattr(native, table).items():
+            jax.ffi.register_ffi_target(renamed[key], jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+        monkeypatch.setattr(native, table, renamed)
+    products.clear_cache()  # of programs that call the others
+    for form in FORMS:
+        test_products_equal_those_of_exact_arithmetic_and_unpacking_gives_every_bit(form)
+        test_rounded_rows_are_multiplied_as_what_they_stand_for(form)
+    products.clear_cache()
