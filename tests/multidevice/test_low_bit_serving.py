@@ -1,0 +1,70 @@
+"""A model in few bits that several devices serve: each multiplies with its part of the experts as it lies."""
+
+import jax
+import numpy as np
+import pytest
+
+from llama4_jax.config import quant
+from llama4_jax.core import partitioning
+from llama4_jax.quant import ptq
+from llama4_jax.testing import tiny
+
+pytestmark = pytest.mark.multidevice
+
+TOLERANCE = 1e-4  # fp32 sums in another order, logits up to 9
+
+
+MESH = {"expert": 2, "tensor": 2}
+
+
+def few_bits(recipe):
+    return ptq.quantise(tiny.model(tiny.text_config(num_layers=1), scan=False), recipe)
+
+
+def steps(model):
+    """Logits of a prompt and of a token more, with a cache of int8."""
+
+    @jax.jit
+    def run(model, tokens, cache):
+        output = model(tokens, cache=cache)
+        return output.logits, output.cache
+
+    tokens = np.random.RandomState(0).randint(0, 128, (4, 6)).astype(np.int32)
+    first, cache = run(model, tokens[:, :5], model.init_cache(4, 8, "int8"))
+    return np.concatenate([first, run(model, tokens[:, 5:], cache)[0]], axis=1)
+
+
+def test_decoding_in_few_bits_does_not_depend_on_the_mesh():
+    model = few_bits(quant.int4_all(4))
+    mesh = partitioning.make_mesh(MESH, jax.devices()[:4])
+    with partitioning.use(mesh, partitioning.SERVE):
+        placed = jax.device_put(model, partitioning.shardings(model, partitioning.SERVE, mesh))
+        found = steps(placed)
+    np.testing.assert_allclose(found, steps(model), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("make", "placement", "as_they_lie"),
+    [
+        (quant.int4_all, partitioning.SERVE, True),
+        (quant.w4a8, partitioning.SERVE, False),  # a row that is rounded has one scale for all devices that share it
+        (quant.int4_all, partitioning.TRAIN, False),  # gradients of floats are added up
+    ],
+    ids=["serve", "rounded rows", "train"],
+)
+def test_experts_enter_each_device_in_few_bits_where_they_are_only_read(make, placement, as_they_lie):
+    model = few_bits(make(4))
+    with partitioning.use(partitioning.make_mesh(MESH, jax.devices()[:4]), placement):
+        jaxpr = jax.make_jaxpr(lambda model: model.hidden(np.ones((4, 6), np.int32)).hidden)(model)
+    entering = {value.aval.dtype.name for equation in equations(jaxpr) for value in equation.invars}
+    assert ("int4" in entering) == as_they_lie
+
+
+def equations(jaxpr):
+    """Those of `jax.shard_map` in a program, and in what it calls."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "shard_map":
+            yield equation
+        for part in jax.tree.leaves(equation.params, is_leaf=lambda part: hasattr(part, "eqns")):
+            if hasattr(part, "eqns"):
+                yield from equations(part)
