@@ -114,7 +114,8 @@ def _conversion(job: Job, choice: Choice) -> tuple[float, float, float]:
     """The same of parameters made of a checkpoint in bfloat16: both are there at once, and nothing is sent."""
     count, tensor = accounting.parameters(job.config), choice.sizes["tensor"]
     routed = count.routed_experts / choice.ways("experts") / choice.ways("expert_embed")
-    weights = (routed + (count.total - count.routed_experts) / choice.ways("embed")) / tensor
+    dense = (count.total - count.routed_experts - count.vision) / choice.ways("embed")
+    weights = (routed + dense + count.vision / choice.ways("vision_embed")) / tensor
     held = (BYTES + conversion.dtype(choice.placement).itemsize) * weights
     return held, held, 0.0
 
