@@ -29,6 +29,12 @@ def hbm_bytes(program: Program, computation: Computation, each: Instruction) -> 
         )
     if each.opcode in ("dynamic-slice", "gather"):
         return 2 * _in_hbm(each.shape)
+    if each.opcode in (
+        "slice",
+        "slice-start",
+    ):  # the latter gives (operand, slice, ...), and often in a memory on the chip
+        kept = each.shape[1:2] if each.opcode == "slice-start" else each.shape
+        return (sum(array.nbytes for array in kept) if _in_hbm(operands[0].shape) else 0) + _in_hbm(kept)
     if each.opcode in _IN_PLACE:
         return 2 * _in_hbm(operands[_IN_PLACE[each.opcode]].shape)
     results = each.shape
@@ -52,7 +58,7 @@ def _read(program: Program, inside: Computation, number: int, operand: Instructi
 def _used(program: Program, inside: Computation, value: Instruction) -> float:
     total = 0.0
     for user in inside.users(value.name):
-        if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == value.name:
+        if user.opcode in ("dynamic-slice", "gather", "slice") and user.operands[0] == value.name:
             total += user.nbytes
         elif user.opcode in _IN_PLACE and user.operands[0] == value.name:
             total += 0

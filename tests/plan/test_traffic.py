@@ -61,3 +61,21 @@ ENTRY %main (keys: bf16[8,128], queries: bf16[8,4]) -> bf16[128,4] {
 def test_what_a_fusion_in_a_fusion_only_passes_on_is_read_where_it_is_used():
     found = count.count(hlo.parse(PASSED_ON), {"data": 1}).hbm_bytes
     assert found == 2 * (8 * 128 + 8 * 4 + 128 * 4)
+
+
+SLICED = """HloModule slices
+
+ENTRY %main (weights: s4[16,128]) -> s4[4,128] {
+  %weights = s4[16,128]{1,0} parameter(0)
+  %early = s4[4,128]{1,0} slice(%weights), slice={[0:4], [0:128]}
+  %start = (s4[16,128]{1,0}, s4[4,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%weights), slice={[4:8], [0:128]}
+  %done = s4[4,128]{1,0:S(1)} slice-done(%start)
+  ROOT %copy = s4[4,128]{1,0} copy(%done)
+}
+"""
+
+
+def test_of_what_is_sliced_only_the_slice_is_read_and_on_the_chip_nothing_is_written():
+    piece = 4 * 128 / 2
+    found = count.count(hlo.parse(SLICED), {"data": 1}).hbm_bytes
+    assert found == 2 * piece + piece + piece  # the first is written to HBM, the second by the copy at the end
