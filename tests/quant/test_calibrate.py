@@ -134,9 +134,13 @@ def test_later_layers_are_calibrated_behind_rounded_ones(model, batches):
     mixtures = {name: spec for name, spec in specs.items() if name.startswith("decoder.period.1.")}
     plain, behind = [], []
     calibrate.walk(model, batches, calibrate.Task(mixtures, exact(plain)))
-    calibrate.walk(model, batches, calibrate.Task(specs, exact(behind, factor=0.9)))
+    made, _ = calibrate.walk(model, batches, calibrate.Task(specs, exact(behind, factor=0.9)))
     query, other = plain[0], behind[6]  # after the six matrices of the dense layer before
     assert np.abs(query - other).max() > 1e-2 * np.abs(query).max()
+    # What the unembedding is given is what all of the rounded layers make of the text.
+    last = jax.jit(lambda model, batch: model.hidden(batch["tokens"], segments=batch["segments"]).hidden)
+    rows = moments.present([last(made, batch) for batch in batches], [batch["segments"] for batch in batches])
+    np.testing.assert_allclose(behind[-1], rows.T @ rows, rtol=1e-3, atol=1e-4 * np.abs(behind[-1]).max())
 
 
 def test_coverage_counts_tokens_and_blind_experts_are_named(model, batches, caplog):
