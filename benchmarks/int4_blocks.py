@@ -9,7 +9,6 @@ the table has. Seconds are of a product with inputs 5120; estimates, not measure
 from __future__ import annotations
 
 import argparse
-import os
 
 from benchmarks import schedule
 from benchmarks.schedule import Case
@@ -45,7 +44,6 @@ def main() -> None:
     parser.add_argument("--chips", default=",".join(schedule.CLOCK))
     parser.add_argument("--kinds", default=",".join(KINDS))
     arguments = parser.parse_args()
-    os.nice(5)
     for chip in arguments.chips.split(","):
         for kind in arguments.kinds.split(","):
             widths = []

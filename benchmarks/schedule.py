@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 
 CLOCK = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}  # cycles a second that fit the stated rates of matrix units
 TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -37,19 +38,22 @@ class Case:
     columns: int | None = None  # of a block, instead of the table's
 
 
-def estimate(chip: str, cases: list[Case]) -> list[dict]:
+def estimate(chip: str, cases: Sequence[Case]) -> Iterator[dict]:
     """For each case its seconds by the schedule and the bytes it moves, or "error": why it could not be compiled."""
     environment = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # what comes from a cache has no profile
-    lines = "\n".join(json.dumps(dataclasses.asdict(case)) for case in cases)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
         environment["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={folder}"
         command = [sys.executable, "-m", "benchmarks.schedule", chip, folder]
-        ran = subprocess.run(command, env=environment, input=lines, capture_output=True, text=True)
-    results = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    if len(results) < len(cases):
-        raise RuntimeError(f"the compiler gave up at {cases[len(results)]}: {ran.stderr[-1000:]}")
-    return results
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+        with subprocess.Popen(command, env=environment, text=True, **pipes) as worker:
+            for case in cases:
+                print(json.dumps(dataclasses.asdict(case)), file=worker.stdin, flush=True)
+                answer = next((line for line in worker.stdout if line.startswith("{")), None)
+                if answer is None:
+                    log.seek(0)
+                    raise RuntimeError(f"the compiler gave up at {case}: {log.read()[-1000:]}")
+                yield json.loads(answer)
 
 
 def seconds(folder: pathlib.Path, chip: str) -> float:

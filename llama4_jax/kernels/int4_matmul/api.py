@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from llama4_jax.core import partitioning
 from llama4_jax.core.quantized import QuantizedArray
-from llama4_jax.kernels.int4_matmul import operands, reference, tpu, xla
+from llama4_jax.kernels.int4_matmul import operands, reference, tpu, triton, xla
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla, "pallas_tpu": tpu}
+IMPLEMENTATIONS = {"reference": reference, "xla": xla, "pallas_tpu": tpu, "triton": triton}
 KERNELS = {"tpu": "pallas_tpu"}  # by platform
 
 _logger = logging.getLogger(__name__)
