@@ -1,0 +1,29 @@
+"""The kernel for GPUs, in Pallas' interpreter and as far as it is made without a compiler for GPUs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from llama4_jax.kernels.int4_matmul import triton, workloads
+from llama4_jax.testing import low_bit
+
+
+@pytest.mark.parametrize("name", ["odd groups, ragged outputs", "rounded rows, small groups", "int8"])
+def test_a_product_equals_the_reference(name):
+    for dtype in (jnp.float32, jnp.bfloat16):
+        x, weight = workloads.SMALL[name].arrays(0, dtype)
+        low_bit.check(triton.matmul(x, weight, interpret=True), x, weight)
+
+
+def test_a_product_of_scout_is_lowered_to_one_triton_kernel():
+    shapes = workloads.layers(32, workloads.OFFSETS)["down"].shapes()
+    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=device)):
+        program = jax.jit(triton.matmul).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("custom_call @__gpu$xla.gpu.triton") == 1
+
+
+def test_experts_are_refused():
+    with pytest.raises(NotImplementedError, match="3 matrices; use 'xla'"):
+        triton.grouped(*workloads.SMALL_GROUPED["uneven"].arrays(0))
