@@ -43,6 +43,7 @@ def test_the_checkpoint_holds_few_bits_and_loads_again(quantised, root):
     assert (quantised[0] / "tokenizer.model").is_file()
 
 
+@pytest.mark.thorough  # `tests/quant/test_recipe.py` shows the errors themselves
 def test_a_group_that_does_not_fit_is_refused_with_every_matrix_named(root, script):
     process = script("quantize", "--model", str(root / "tests/goldens/trained"), "--group", "128", status=1)
     assert "group=128 is more than the inputs" in process.stderr
