@@ -4,6 +4,7 @@
 #   make test-all   the default suite, then more meshes, then the comparison with torch and transformers
 #   make lint       ruff, check and format
 #   make bench      speed and memory beside transformers; how both grow with experts, depth and length
+#   make bench-kernels   what TPU kernels for few-bit weights should take, by the TPU compiler's schedule; needs no TPU
 # `make test PYTHON=python3.12` uses another interpreter, in a virtual environment of its own.
 
 PYTHON ?= python3.11
@@ -22,11 +23,11 @@ ifeq ($(wildcard /dev/accel* /dev/vfio/[0-9]* /dev/nvidia*),)
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: help demo test test-all lint bench venv parity-venv clean
+.PHONY: help demo test test-all lint bench bench-kernels venv parity-venv clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '2,6s/^# *//p' Makefile
+	@sed -n '2,7s/^# *//p' Makefile
 
 demo: venv
 	$(RUN) -m experiments.pretrain_nano $(FLAGS)
@@ -46,9 +47,13 @@ lint: venv
 bench: venv parity-venv
 	$(RUN_PARITY) -m benchmarks.hf_side_by_side $(FLAGS)
 	$(RUN) -m benchmarks.few_rows
+	$(RUN) -m benchmarks.low_bit_cpu
 	$(RUN) -m benchmarks.moe_cpu
 	$(RUN) -m benchmarks.compile_time
 	$(RUN) -m benchmarks.long_context
+
+bench-kernels: venv
+	$(RUN) -m benchmarks.kernels $(FLAGS)
 
 clean:
 	rm -rf .venv .venv-* .cache build dist *.egg-info
