@@ -31,7 +31,12 @@ class Block(NamedTuple):
 ROWS = 256  # of a block, at most
 FEW_ROWS = 64
 # Columns of a block for few rows and for more, by chip and kind: bits of weights and of what they are multiplied with.
-COLUMNS: dict[tuple[str, str], tuple[int, int]] = {}
+COLUMNS = {
+    ("v5e", "w4a16"): (1024, 512),
+    ("v5p", "w4a16"): (512, 1024),
+    ("v5p", "w4a8"): (1024, 512),
+    ("v6e", "w4a16"): (1024, 1024),
+}
 DEFAULT = (1024, 512)  # of chips that the table lacks
 
 
