@@ -7,8 +7,12 @@ import pytest
 DOCUMENTS = (
     "CONTRIBUTING.md",
     "README.md",
+    "docs/checkpoints.md",
+    "docs/low_bit.md",
+    "docs/low_bit_kernels.md",
     "docs/numerics.md",
     "docs/performance.md",
+    "docs/quantisation.md",
     "docs/scaling.md",
     "docs/sharding.md",
 )
