@@ -33,9 +33,11 @@ FEW_ROWS = 64
 # Columns of a block for few rows and for more, by chip and kind: bits of weights and of what they are multiplied with.
 COLUMNS = {
     ("v5e", "w4a16"): (1024, 512),
+    ("v5e", "w4a8"): (1024, 512),
     ("v5p", "w4a16"): (512, 1024),
     ("v5p", "w4a8"): (1024, 512),
     ("v6e", "w4a16"): (1024, 1024),
+    ("v6e", "w4a8"): (1024, 512),
 }
 DEFAULT = (1024, 512)  # of chips that the table lacks
 
