@@ -1,11 +1,16 @@
 """Training for int4 against rounding to it: one small model in full precision, rounded, GPTQ, and trained with rounding.
 
-Claim:     a model that is trained with its weights rounded to int4, for the last fifth of training or from the start, loses
-           less by int4 than one that is rounded afterwards, to nearest or by GPTQ.
+Claim:     a model whose weights are rounded to int4 in the last fifth of its training loses less by int4 than one that is rounded
+           afterwards, and no more than by GPTQ.
 Command:   python -m experiments.qat_int4
-Hardware:  2 CPU cores; 15 minutes for three seeds.
-Expected:  held-out loss (nats a token, means of three seeds): full precision <= QAT <= GPTQ <= rounded, each within --tolerance
-           of the order, which is asserted.
+Hardware:  2 CPU cores, about 10 minutes for three seeds if they do nothing else (estimate: measured on cores shared by many).
+Expected:  held-out loss, nats a token, means of seeds 0 to 2: full precision 3.290, rounded 3.305, GPTQ 3.296, last fifth 3.297.
+           Full precision <= last fifth <= GPTQ <= rounded is asserted, each within --tolerance.
+
+Reality does not bear out the rest of what was expected. The last fifth is no better than GPTQ (0.001 worse, within noise), and
+training with rounding from the start comes out worst, at 3.318: 0.018, 0.066 and 0.002 above full precision in the three seeds.
+Its training loss is above that of full precision by 0.01 to 0.02; the rest is another path through training, which at this size
+moves the held-out loss more than int4 does. Exact names (43 questions) tell nothing apart: 88 to 95 % throughout.
 
 All start from the weights of one seed and see the same batches. The last fifth goes on from the full-precision run's own
 checkpoint, so what differs is the rounding and nothing else. Every size is a flag; what was trained stays in --folder, and
@@ -53,7 +58,8 @@ VOCABULARY = flags.DEFINE_integer("vocab_size", 1024, "tokens of the tokenizer, 
 
 FULL, ROUNDED, GPTQ = "full precision", "rounded to nearest", "GPTQ"
 LATE, EARLY = "QAT, last fifth", "QAT from the start"
-ORDER = ((FULL, EARLY), (FULL, LATE), (EARLY, GPTQ), (LATE, GPTQ), (GPTQ, ROUNDED))  # of held-out losses
+# Of held-out losses, as far as it holds; see above for training with rounding from the start.
+ORDER = ((FULL, LATE), (FULL, EARLY), (LATE, GPTQ), (LATE, ROUNDED), (GPTQ, ROUNDED))
 
 
 @dataclasses.dataclass(frozen=True)
