@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 import re
 
 MAX_FILE_LINES = 400
@@ -61,6 +62,13 @@ def parameters(function) -> int:
 def test_no_folder_or_file_has_an_empty_name(sources):
     vague = [source.name for source in sources if EMPTY_NAMES & set(source.parts)]
     assert not vague, f"name what it is about: {vague}"
+
+
+def test_no_two_test_files_have_one_name(sources):
+    """Folders of tests are no packages: pytest imports each file by its name alone, and refuses a second."""
+    names = collections.Counter(source.parts[-1] for source in sources if source.parts[0] == "tests")
+    repeated = [name for name, count in names.items() if count > 1 and name != "conftest"]
+    assert not repeated, f"rename one of each: {repeated}"
 
 
 def test_nothing_is_left_to_do(sources):
