@@ -5,6 +5,7 @@ import json
 import pytest
 
 
+@pytest.mark.thorough
 def test_layers_that_are_all_global_send_a_ring_each(script, tmp_path):
     """Two layers, 256 tokens over four chips in eight pieces, chunks of 16; keys and values are 2 heads of 8 each."""
     path = tmp_path / "report.json"

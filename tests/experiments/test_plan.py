@@ -13,6 +13,7 @@ def plan(script, folder, *arguments):
     return json.loads(path.read_text()), process.stdout
 
 
+@pytest.mark.thorough
 def test_a_training_step_of_long_rows_is_compiled_counted_and_recalled_when_asked_again(script, tmp_path):
     arguments = ("--mesh=fsdp=2,expert=2", "--placement=long", "--length=64")
     found, printed = plan(script, tmp_path, *arguments)

@@ -89,6 +89,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(root, script, arg
         np.testing.assert_array_equal(value, wanted[name], err_msg=name)
 
 
+@pytest.mark.thorough
 def test_two_processes_train_as_one_does_each_with_its_own_rows(root, arguments, whole, tmp_path):
     words = [*arguments, "--mesh=fsdp=2", f"--output={tmp_path}"]
     line = [sys.executable, "-m", "launch.local", "--processes=2", "--", *command("pretrain_maverick", *words)]

@@ -121,6 +121,7 @@ def test_a_long_run_that_was_stopped_ends_with_the_same_bits(run, runs, tmp_path
     assert losses_of(tmp_path) == losses_of(runs[0] / "long")
 
 
+@pytest.mark.thorough
 def test_a_run_with_whole_rows_goes_on_with_shared_ones(run, runs, tmp_path):
     """From the first step's checkpoint; a checkpoint says nothing of placements."""
     shutil.copytree(runs[0] / "train" / "checkpoints" / "1", tmp_path / "checkpoints" / "1")

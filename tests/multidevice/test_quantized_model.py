@@ -77,10 +77,8 @@ def test_logits_and_gradients_of_adapters_do_not_depend_on_the_mesh(adapted, tok
         assert np.mean(np.abs(gradient - alone[1][name])) / scale < 1e-3, name
 
 
-PLACEMENTS = [pytest.param(partitioning.TRAIN, marks=pytest.mark.thorough), partitioning.SERVE]
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda placement: placement.name)
+@pytest.mark.thorough  # test_low_bit_serving.py decodes a smaller model
+@pytest.mark.parametrize("placement", [partitioning.TRAIN, partitioning.SERVE], ids=lambda placement: placement.name)
 def test_decoding_does_not_depend_on_the_mesh(adapted, placement):
     model, prompts = lora.detach(adapted), [[1, 2, 3], [*range(4, 30)]]
     said = infer.generate(model, prompts, max_new_tokens=12)
