@@ -112,7 +112,11 @@ def test_drawn_weights_do_not_depend_on_the_mesh(config):
 
 
 @pytest.mark.parametrize("sizes", [{"expert": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2}], ids=str)
-@pytest.mark.parametrize("placement", [partitioning.TRAIN, partitioning.SERVE], ids=lambda placement: placement.name)
+@pytest.mark.parametrize(
+    "placement",
+    [pytest.param(partitioning.TRAIN, marks=pytest.mark.thorough), partitioning.SERVE],
+    ids=lambda placement: placement.name,
+)
 def test_decoding_does_not_depend_on_the_mesh(config, sizes, placement):
     prompts, mesh = [[1, 2, 3], [*range(4, 30)]], make_mesh(sizes)
     said = infer.generate(initialise(config, seed=3), prompts, max_new_tokens=24)
