@@ -16,7 +16,7 @@ FLAGS = ("--rows", "8", "--length", "128", "--calibration", "2", "--heldout", "1
 @pytest.fixture(scope="module")
 def quantised(root, script, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantised") / "int4"
-    arguments = ("--model", str(root / "tests/goldens/trained"), "--output", str(folder))
+    arguments = ("--model", str(root / "tests/quant/trained"), "--output", str(folder))
     process = script("quantize", *arguments, *FLAGS, "--json", str(folder.parent / "out.json"))
     return folder, process.stdout, json.loads((folder.parent / "out.json").read_text())
 
@@ -34,7 +34,7 @@ def test_it_prints_shares_coverage_and_losses_and_the_claim_holds(quantised):
 
 
 def test_the_checkpoint_holds_few_bits_and_loads_again(quantised, root):
-    before = matrices.listed(speaking.load(root / "tests/goldens/trained", "float32"))
+    before = matrices.listed(speaking.load(root / "tests/quant/trained", "float32"))
     held = matrices.quantised(checkpoint.load_hf(quantised[0], keep_quantised=True))
     assert {leaf.values.dtype.name for leaf in held.values()} == {"int4"} and len(held) == 15
     for name, leaf in held.items():
@@ -45,6 +45,6 @@ def test_the_checkpoint_holds_few_bits_and_loads_again(quantised, root):
 
 @pytest.mark.thorough  # `tests/quant/test_recipe.py` shows the errors themselves
 def test_a_group_that_does_not_fit_is_refused_with_every_matrix_named(root, script):
-    process = script("quantize", "--model", str(root / "tests/goldens/trained"), "--group", "128", status=1)
+    process = script("quantize", "--model", str(root / "tests/quant/trained"), "--group", "128", status=1)
     assert "group=128 is more than the inputs" in process.stderr
     assert "experts.gate_up" in process.stderr and "attention.query.kernel" in process.stderr

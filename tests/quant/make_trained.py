@@ -1,4 +1,4 @@
-"""Trains the small model in tests/goldens/trained on real text: `python tests/quant/make_trained.py`, two minutes on 2 cores.
+"""Trains the small model in tests/quant/trained on real text: `python tests/quant/make_trained.py`, two minutes on 2 cores.
 
 What rounding costs can only be seen on a model that has learnt something. It has both kinds of feed-forward and of attention;
 weights are kept in bfloat16 as Hugging Face lays them out, its tokenizer beside them.
@@ -23,7 +23,7 @@ from llama4_jax.testing import tiny
 from llama4_jax.train import losses, optim, step
 from llama4_jax.train.state import create
 
-FOLDER = pathlib.Path(__file__).resolve().parent.parent / "goldens" / "trained"
+FOLDER = pathlib.Path(__file__).resolve().parent / "trained"
 VOCABULARY = 400
 DATA = DataConfig(images_per_batch=0, rows=8, sequence_length=128)
 TRAIN = TrainConfig(steps=1000, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=50), balance_loss=0.01)
