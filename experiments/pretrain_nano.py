@@ -67,18 +67,7 @@ def train_config() -> TrainConfig:
 
 def model_config(data: DataConfig, tokenizer: tokenizers.Tokenizer) -> Llama4Config:
     """The nano preset with this tokenizer's ids, after the overrides of --set."""
-    config = presets.nano()
-    special = tokenizer.special
-    config = dataclasses.replace(
-        config,
-        text=dataclasses.replace(config.text, vocab_size=tokenizer.vocab_size),
-        patch_token=special["patch"],
-        image_start_token=special["image_start"],
-        image_end_token=special["image_end"],
-        bos_token=tokenizer.bos,
-        stop_tokens=tuple(tokenizer.stop),
-    )
-    config = configs.apply(config, SET.value)
+    config = configs.apply(pretrain.for_tokenizer(presets.nano(), tokenizer), SET.value)
     wanted = (config.vision.image_size, config.vision.tokens_per_tile)
     if wanted != (data.image_size, data.tokens_per_tile):
         raise ValueError(

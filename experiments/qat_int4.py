@@ -113,16 +113,7 @@ def job(seed: int, folder: pathlib.Path) -> Job:
     train = dataclasses.replace(train, save_every=train.steps // 5, keep=2)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizers.train(loader.tokenizer_texts(data), VOCABULARY.value, folder / "tokenizer.model")
-    special, nano = tokenizer.special, presets.nano()
-    model = dataclasses.replace(
-        nano,
-        text=dataclasses.replace(nano.text, vocab_size=tokenizer.vocab_size),
-        patch_token=special["patch"],
-        image_start_token=special["image_start"],
-        image_end_token=special["image_end"],
-        bos_token=tokenizer.bos,
-        stop_tokens=tuple(tokenizer.stop),
-    )
+    model = pretrain.for_tokenizer(presets.nano(), tokenizer)
     return Job(folder / f"seed{seed}", configs.apply(model, [*size.model, *SET.value]), data, train, tokenizer)
 
 

@@ -25,7 +25,7 @@ from flax import nnx
 
 from llama4_jax.config import FeedForward
 from llama4_jax.config.quant import QuantSpec
-from llama4_jax.core import partitioning
+from llama4_jax.core import names, partitioning
 from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.model import Llama4
 from llama4_jax.nn.attention import Context
@@ -138,13 +138,13 @@ def _mlp(task: Task, prefix: str, block, path: str, text: _Text, normed: Sequenc
     return _settled(task, prefix, block, [f"{path}.down.kernel"], text.rows([_hidden(gate_up, x) for x in normed]))
 
 
-def _settled(task: Task, prefix: str, block, names: Sequence[str], rows: np.ndarray):
-    """The block with those of its matrices `names` rounded that the task names; each multiplies `rows` [r i]."""
-    names = [name for name in names if prefix + name in task.specs]
-    if not names:
+def _settled(task: Task, prefix: str, block, multiplied: Sequence[str], rows: np.ndarray):
+    """The block with those of its matrices rounded that the task names; `multiplied` by name, each by `rows` [r i]."""
+    chosen = [name for name in multiplied if prefix + name in task.specs]
+    if not chosen:
         return block
-    seen, leaves = moments.second_moments(rows), matrices.listed(block)
-    return matrices.replaced(block, {name: task.rounded(prefix + name, leaves[name], seen) for name in names})
+    seen, leaves = moments.second_moments(rows), names.held(block)
+    return matrices.replaced(block, {name: task.rounded(prefix + name, leaves[name], seen) for name in chosen})
 
 
 def _experts(task: Task, prefix: str, block, rows: np.ndarray):
@@ -197,7 +197,7 @@ def _call(module: nnx.Module, *arguments):
 @jax.jit
 def _attended(attention: nnx.Module, x: jax.Array, context: Context) -> jax.Array:
     """What the output projection of an attention multiplies, [b t n h]."""
-    leaves = matrices.listed(attention)
+    leaves = names.held(attention)
     n, h = leaves["output.kernel"].shape[:2]
     same = {"output.kernel": jnp.eye(n * h, dtype=x.dtype).reshape(n, h, n, h)}
     if "output.bias" in leaves:
@@ -220,5 +220,5 @@ def _check(model: Llama4, task: Task) -> None:
             f"there are no calibration inputs for {', '.join(outside)}: text passes the decoder and the unembedding; keep them "
             "by a rule with None, or round them without text (method='clip')"
         )
-    if any(name.endswith("lora_a") for name in matrices.listed(model)):
+    if any(name.endswith("lora_a") for name in names.held(model)):
         raise NotImplementedError("the model has adapters; merge them first (model.lora.merge)")

@@ -14,7 +14,6 @@ from llama4_jax.core import names
 from llama4_jax.core.quantized import QuantizedArray
 
 Leaf = jax.Array | QuantizedArray
-listed = names.held  # every parameter of a module, which may be abstract, by name
 
 
 def replaced(module: nnx.Module, leaves: Mapping[str, Leaf]) -> nnx.Module:
@@ -22,9 +21,9 @@ def replaced(module: nnx.Module, leaves: Mapping[str, Leaf]) -> nnx.Module:
 
     Raises ValueError for a name that the module does not have.
     """
-    unknown = sorted(set(leaves) - set(listed(module)))
+    unknown = sorted(set(leaves) - set(names.held(module)))
     if unknown:
-        raise ValueError(f"the module has no parameter {', '.join(unknown)}; it has {', '.join(listed(module))}")
+        raise ValueError(f"the module has no parameter {', '.join(unknown)}; it has {', '.join(names.held(module))}")
 
     def place(path, parameter: nnx.Param) -> nnx.Param:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -35,4 +34,4 @@ def replaced(module: nnx.Module, leaves: Mapping[str, Leaf]) -> nnx.Module:
 
 def quantised(module: nnx.Module) -> dict[str, QuantizedArray]:
     """Those of its parameters that are held in few bits."""
-    return {name: leaf for name, leaf in listed(module).items() if isinstance(leaf, QuantizedArray)}
+    return {name: leaf for name, leaf in names.held(module).items() if isinstance(leaf, QuantizedArray)}

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from llama4_jax.config.quant import QuantRecipe, QuantSpec
-from llama4_jax.core import quantized
+from llama4_jax.core import names, quantized
 from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.model import Llama4
 from llama4_jax.quant import calibrate, forms, gptq, matrices, recipe, rounding
@@ -48,7 +48,7 @@ def quantise(
         return calibrated(model, rules, calibration, method=method, extra_tokens=extra_tokens)[0]
     if method == "gptq":
         raise ValueError("method='gptq' wants calibration=batches of text; use method='clip' without")
-    leaves = matrices.listed(model)
+    leaves = names.held(model)
     chosen = recipe.specs(leaves, rules)
     rounded = {name: quantise_tensor(name, leaves[name], spec, method=method) for name, spec in chosen.items()}
     return _checked(matrices.replaced(model, rounded), chosen)
@@ -66,7 +66,7 @@ def calibrated(
     _check_method(method)
     if method == "rtn":
         raise ValueError("method='rtn' uses no calibration; leave it out, or use 'clip' or 'gptq'")
-    chosen = recipe.specs(matrices.listed(model), rules)
+    chosen = recipe.specs(names.held(model), rules)
     round_matrix = {"gptq": gptq.gptq, "clip": _clipped}[method]
     model, coverage = calibrate.walk(model, batches, calibrate.Task(chosen, round_matrix, extra_tokens))
     return _checked(model, chosen), coverage

@@ -11,9 +11,9 @@ from flax import nnx
 
 from llama4_jax.config.lora import matches
 from llama4_jax.config.quant import QuantRecipe
-from llama4_jax.core import quantized
+from llama4_jax.core import names, quantized
 from llama4_jax.core.quantized import QuantizedArray
-from llama4_jax.quant import forms, matrices, recipe
+from llama4_jax.quant import forms, recipe
 
 # The first pattern that a name ends with (`config.lora.matches`) says what kind of parameter it is.
 GROUPS = {
@@ -57,7 +57,7 @@ def report(model: nnx.Module, rules: QuantRecipe | None = None) -> dict[str, dic
 
     model: quantised or not; it may be abstract. rules: what it would be if these were followed.
     """
-    leaves = matrices.listed(model)
+    leaves = names.held(model)
     if rules is not None:
         leaves |= forecast(leaves, rules)
     shares: dict[str, Share] = {}

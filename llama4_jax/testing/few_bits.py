@@ -6,14 +6,14 @@ import jax
 from flax import nnx
 
 from llama4_jax.config.quant import QuantRecipe
-from llama4_jax.core import quantized
+from llama4_jax.core import names, quantized
 from llama4_jax.nn import products
 from llama4_jax.quant import forms, matrices, recipe
 
 
 def quantised(model: nnx.Module, rules: QuantRecipe) -> nnx.Module:
     """`model`, of plain arrays, rounded to nearest."""
-    params = matrices.listed(model)
+    params = names.held(model)
     chosen = recipe.specs(params, rules)
 
     @jax.jit

@@ -10,11 +10,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from llama4_jax.config import to_dict
+from llama4_jax.config import Llama4Config, to_dict
 from llama4_jax.config.train import TrainConfig
 from llama4_jax.core import names
 from llama4_jax.core.partitioning import TRAIN, Placement
 from llama4_jax.model import Llama4
+from llama4_jax.tokenizer import Tokenizer
 from llama4_jax.train import losses, optim, qat, step
 from llama4_jax.train.feed import Loader
 from llama4_jax.train.loop import Callback, train
@@ -65,4 +66,18 @@ def _seeing(callback: Callback, config: TrainConfig) -> Callback:
     """A callback that gets what products see at its step."""
     return dataclasses.replace(
         callback, run=lambda params, step: callback.run(qat.seen(params, config.qat, step), step)
+    )
+
+
+def for_tokenizer(config: Llama4Config, tokenizer: Tokenizer) -> Llama4Config:
+    """`config` with the size of this tokenizer's vocabulary and the ids of its special tokens."""
+    special = tokenizer.special
+    return dataclasses.replace(
+        config,
+        text=dataclasses.replace(config.text, vocab_size=tokenizer.vocab_size),
+        patch_token=special["patch"],
+        image_start_token=special["image_start"],
+        image_end_token=special["image_end"],
+        bos_token=tokenizer.bos,
+        stop_tokens=tuple(tokenizer.stop),
     )

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import speaking
 from llama4_jax import checkpoint
+from llama4_jax.core import names
 from llama4_jax.quant import matrices
 
 FLAGS = ("--rows", "8", "--length", "128", "--calibration", "2", "--heldout", "1", "--extra_tokens", "400")
@@ -34,7 +35,7 @@ def test_it_prints_shares_coverage_and_losses_and_the_claim_holds(quantised):
 
 
 def test_the_checkpoint_holds_few_bits_and_loads_again(quantised, root):
-    before = matrices.listed(speaking.load(root / "tests/quant/trained", "float32"))
+    before = names.held(speaking.load(root / "tests/quant/trained", "float32"))
     held = matrices.quantised(checkpoint.load_hf(quantised[0], keep_quantised=True))
     assert {leaf.values.dtype.name for leaf in held.values()} == {"int4"} and len(held) == 15
     for name, leaf in held.items():

@@ -12,6 +12,7 @@ import pytest
 
 from llama4_jax.config.lora import LoraConfig
 from llama4_jax.config.quant import QuantRecipe, QuantSpec, int4_all
+from llama4_jax.core import names
 from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.model import Llama4, lora
 from llama4_jax.nn.linear import Linear
@@ -43,15 +44,15 @@ def seen_by_modules(model: Llama4, batch) -> dict[str, tuple]:
     """What each matrix of a model of layers that stand alone multiplies, as its module is called; by the parameter's name."""
 
     def run(model, batch):
-        names, seen = {id(leaf): name for name, leaf in matrices.listed(model).items()}, {}
+        named, seen = {id(leaf): name for name, leaf in names.held(model).items()}, {}
         linear, experts = Linear.__call__, Experts.__call__
 
         def watched_linear(self, x, *more, **options):
-            seen[names[id(self.kernel.get_value())]] = (x,)
+            seen[named[id(self.kernel.get_value())]] = (x,)
             return linear(self, x, *more, **options)
 
         def watched_experts(self, rows, group_sizes):
-            seen[names[id(self.gate_up.get_value())]] = (rows, group_sizes)
+            seen[named[id(self.gate_up.get_value())]] = (rows, group_sizes)
             return experts(self, rows, group_sizes)
 
         with pytest.MonkeyPatch.context() as patch:
@@ -74,7 +75,7 @@ def exact(taken: list, factor: float = 1.0):
 
 
 def test_moments_are_those_of_what_each_module_is_given_and_stacks_keep_their_order(model, batches):
-    specs, calls, taken = recipe.specs(matrices.listed(model), ROUTERS), [], []
+    specs, calls, taken = recipe.specs(names.held(model), ROUTERS), [], []
 
     @dataclasses.dataclass(frozen=True)
     class Named(calibrate.Task):
@@ -85,12 +86,12 @@ def test_moments_are_those_of_what_each_module_is_given_and_stacks_keep_their_or
     made, _ = calibrate.walk(model, batches, Named(specs, exact(taken)))
     assert matrices.quantised(made).keys() == specs.keys()
     for name, leaf in matrices.quantised(made).items():
-        np.testing.assert_array_equal(leaf.values, matrices.listed(model)[name], err_msg=name)
+        np.testing.assert_array_equal(leaf.values, names.held(model)[name], err_msg=name)
 
     assert model.decoder.periods == 2
     found = {name: [moments for call, moments in zip(calls, taken) if call == name] for name in specs}
     alone = model.unrolled()
-    weights, seen = matrices.listed(alone), [seen_by_modules(alone, batch) for batch in batches]
+    weights, seen = names.held(alone), [seen_by_modules(alone, batch) for batch in batches]
 
     def check(name: str, rows: np.ndarray) -> None:  # of a layer's parameter; layers and experts come in their order
         layer, rest = int(name.split(".")[2]) if name != "head.kernel" else 0, name.split(".", 3)[-1]
@@ -130,7 +131,7 @@ def test_experts_are_given_tokens_times_scores_and_starved_ones_more_of_them(mod
 
 
 def test_later_layers_are_calibrated_behind_rounded_ones(model, batches):
-    specs = recipe.specs(matrices.listed(model), int4_all(8))
+    specs = recipe.specs(names.held(model), int4_all(8))
     mixtures = {name: spec for name, spec in specs.items() if name.startswith("decoder.period.1.")}
     plain, behind = [], []
     calibrate.walk(model, batches, calibrate.Task(mixtures, exact(plain)))
@@ -145,7 +146,7 @@ def test_later_layers_are_calibrated_behind_rounded_ones(model, batches):
 
 def test_coverage_counts_tokens_and_blind_experts_are_named(model, batches, caplog):
     tokens = sum(int(np.sum(batch["segments"] != 0)) for batch in batches)
-    specs = recipe.specs(matrices.listed(model), int4_all(8))
+    specs = recipe.specs(names.held(model), int4_all(8))
 
     def coverage(batches, extra_tokens=0):
         return calibrate.walk(model, batches, calibrate.Task(specs, exact([]), extra_tokens))[1]

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from llama4_jax.config.quant import PRESETS, QuantRecipe, QuantSpec, int4_all, int4_experts
-from llama4_jax.core import quantized
+from llama4_jax.core import names, quantized
 from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.quant import matrices, ptq, recipe, report, rounding
 from llama4_jax.testing import tiny
@@ -25,7 +25,7 @@ def model():
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_a_recipe_names_is_in_few_bits_and_all_else_is_the_same_array(model, name):
     rules = PRESETS[name](8)
-    before, after = matrices.listed(model), matrices.listed(ptq.quantise(model, rules))
+    before, after = names.held(model), names.held(ptq.quantise(model, rules))
     chosen = recipe.specs(before, rules)
     assert chosen and before.keys() == after.keys()
     for key, leaf in after.items():
@@ -47,7 +47,7 @@ def test_axes_and_structure_stay(model):
 
 def test_a_check_sees_a_matrix_that_was_left_out(model):
     rules = int4_experts(8)
-    chosen = recipe.specs(matrices.listed(model), rules)
+    chosen = recipe.specs(names.held(model), rules)
     with pytest.raises(RuntimeError, match="decoder.period.0.feed_forward.experts.gate_up: wanted .*int4.*, got None"):
         ptq._checked(model, chosen)
     other = {name: dataclasses.replace(spec, values="int8") for name, spec in chosen.items()}
@@ -87,7 +87,7 @@ def test_tensors_in_pieces_are_those_in_one(name, shape, axis, method, monkeypat
 
 def test_rounding_is_that_of_the_arrays(model):
     name = "decoder.period.0.feed_forward.experts.down"
-    weight, spec = matrices.listed(model)[name], QuantSpec(group=8)
+    weight, spec = names.held(model)[name], QuantSpec(group=8)
     held = [ptq.quantise_tensor(name, weight, spec, method=method) for method in ("rtn", "clip")]
     wanted = [quantized.quantize(weight, spec, (2,)), rounding.nearest(weight, spec, (2,))]
     for one, other in zip(held, wanted):
@@ -116,7 +116,7 @@ def test_report_counts_parameters_bytes_and_bits_of_each_kind(model):
     assert experts["share_of_parameters_quantised"] == experts["share_of_bytes_quantised"] == 1
     assert experts["bits_per_weight"] == 4 + 16 / 8 and experts["bytes"] == experts["parameters"] * 6 / 8
     total, parts = figures.pop("total"), figures.values()
-    parameters = sum(leaf.size for leaf in matrices.listed(model).values())
+    parameters = sum(leaf.size for leaf in names.held(model).values())
     assert total["parameters"] == parameters == sum(part["parameters"] for part in parts)
     assert total["share_of_parameters_quantised"] == experts["parameters"] / parameters
     assert total["bytes"] == experts["bytes"] + 4 * (parameters - experts["parameters"])
@@ -131,7 +131,7 @@ def test_what_a_recipe_would_make_is_told_without_making_it(model, name):
     abstract = jax.eval_shape(lambda: model)
     assert report.report(abstract, rules) == report.report(made)
     shapes = {name: jax.eval_shape(lambda leaf=leaf: leaf) for name, leaf in matrices.quantised(made).items()}
-    assert report.forecast(matrices.listed(model), rules) == shapes
+    assert report.forecast(names.held(model), rules) == shapes
 
 
 def test_the_table_lines_up():

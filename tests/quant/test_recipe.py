@@ -10,15 +10,16 @@ from flax import nnx
 
 from llama4_jax.config import Llama4Config, presets
 from llama4_jax.config.quant import PRESETS, QuantRecipe, QuantSpec, int4_all, int4_experts
+from llama4_jax.core import names
 from llama4_jax.model import Llama4
-from llama4_jax.quant import matrices, recipe
+from llama4_jax.quant import recipe
 
 
 def parameters(**changes) -> dict:
     """Abstract parameters of a tiny text model, by name."""
     text = dataclasses.replace(presets.tiny().text, num_layers=2, **changes)
     config = Llama4Config(text=text)
-    return matrices.listed(jax.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0))))
+    return names.held(jax.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0))))
 
 
 def dense() -> dict:

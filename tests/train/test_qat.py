@@ -104,7 +104,7 @@ def test_a_run_learns_weights_and_ranges_comes_back_packed_and_resumes_to_the_bi
     held = matrices.quantised(model)
     assert held.keys() == specs.keys() and {leaf.values.dtype for leaf in held.values()} == {np.dtype("int4")}
     for name, packed in fake.packed(params, specs).items():
-        jax.tree.map(np.testing.assert_array_equal, packed, matrices.listed(model)[name])
+        jax.tree.map(np.testing.assert_array_equal, packed, names.held(model)[name])
         if name in held:  # what callbacks saw at the end
             np.testing.assert_array_equal(shown[12][name], packed.dequantize())
     assert len(np.unique(shown[2][next(iter(specs))])) > len(np.unique(shown[12][next(iter(specs))]))
