@@ -12,6 +12,8 @@ VENV := $(if $(filter python3.11,$(notdir $(PYTHON))),.venv,.venv-$(notdir $(PYT
 PARITY_VENV := .venv-parity
 RUN := $(VENV)/bin/python
 RUN_PARITY := $(PARITY_VENV)/bin/python
+# Compiling uses one core: a process for each, up to four of some GB; a file's tests stay together.
+WORKERS := -n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-input
 
 # Compiled programs outlive the process: the second run of anything starts in seconds.
@@ -33,11 +35,11 @@ demo: venv
 	$(RUN) -m experiments.pretrain_nano $(FLAGS)
 
 test: venv
-	$(RUN) -m pytest $(FLAGS)
+	$(RUN) -m pytest $(WORKERS) $(FLAGS)
 
 test-all: test parity-venv
-	$(RUN) -m pytest -m thorough $(FLAGS)
-	$(RUN_PARITY) -m pytest -m parity $(FLAGS)
+	$(RUN) -m pytest $(WORKERS) -m thorough $(FLAGS)
+	$(RUN_PARITY) -m pytest $(WORKERS) -m parity $(FLAGS)
 	$(RUN_PARITY) tests/parity/make_goldens.py --check
 
 lint: venv
