@@ -18,6 +18,7 @@ from flax import struct
 from llama4_jax.core import names, partitioning
 from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.infer.sampling import GREEDY, Sampler
+from llama4_jax.kernels import few_rows
 from llama4_jax.model import Cache, Llama4, fusion, lora
 from llama4_jax.nn.attention import DecoderAttention, FusedAttention
 from llama4_jax.nn.linear import Embedding, Linear, TransposedLinear, alike, packed
@@ -48,7 +49,7 @@ def prepare(model: Llama4) -> Llama4:
     """The same model with its weights laid out for decoding: `generate` does this on each call, so do it once.
 
     Adapters are merged and layers stand alone. On one CPU the decoder's matrices are transposed, which costs a copy of the
-    weights; those of few bits are packed.
+    weights, and moved into large pages; those of few bits are packed.
     """
     _report_merged(_merged_into_floats(model))
     model = lora.merge(model).unrolled()
@@ -64,7 +65,10 @@ def prepare(model: Llama4) -> Llama4:
             return packed(node)
         return TransposedExperts(node) if type(node) is Experts else node
 
-    return jax.tree.map_with_path(lay_out, model, is_leaf=_laid_out_whole)
+    prepared = jax.tree.map_with_path(lay_out, model, is_leaf=_laid_out_whole)
+    for leaf in jax.tree.leaves(prepared):
+        few_rows.large_pages.use(leaf)
+    return prepared
 
 
 def generate(
