@@ -50,15 +50,24 @@ class QatConfig:
     start: int = 0  # the first step that rounds
     gradual: int = 0  # steps from there on in eight bits, before the four of the recipe
     ranges: str = "minmax"  # of each block, from its weights; "learned": times a share that is trained
+    cache: str | None = (
+        None  # "int8": keys and values are rounded as a cache of that dtype holds them; with a recipe or alone
+    )
 
     def __post_init__(self):
         _member(self, "recipe", (None, *PRESETS))
         _member(self, "ranges", ("minmax", "learned"))
+        _member(self, "cache", (None, "int8"))
         _not_negative(self, "start", "gradual")
         if self.gradual and not (self.recipe and any(spec.values == "int4" for _, spec in self.preset.rules)):
             raise ValueError(
                 f"QatConfig.gradual={self.gradual} wants a recipe in four bits, got recipe={self.recipe!r}"
             )
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is rounded at all."""
+        return bool(self.recipe or self.cache)
 
     @property
     def preset(self) -> QuantRecipe:
@@ -97,7 +106,7 @@ class TrainConfig:
         _member(self, "on_nan", ("stop", "rollback"))
         _positive(self, "steps", "accumulation", "logits_limit", "log_every", "save_every", "keep")
         _not_negative(self, "z_loss", "balance_loss", "router_z_loss", "bias_rate")
-        if self.qat.recipe and self.qat.start >= self.steps:
+        if self.qat.rounds and self.qat.start >= self.steps:
             raise ValueError(
                 f"qat.start={self.qat.start} is past the last of steps={self.steps}: nothing would be rounded"
             )

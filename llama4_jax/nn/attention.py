@@ -19,9 +19,12 @@ from llama4_jax.config import Attention, AttentionConfig, LayerKind
 from llama4_jax.core import quantized
 from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.kernels import attention as kernels
-from llama4_jax.nn import rope
+from llama4_jax.nn import products, rope
 from llama4_jax.nn.linear import Linear, TransposedLinear, together
 from llama4_jax.nn.norm import rms_normalize
+
+CACHED_AS = jax.make_user_context(None)
+"""`with CACHED_AS("int8"):` what is traced inside attends, without a cache too, to what one of int8 would hold; see `train.qat`."""
 
 
 @struct.dataclass
@@ -119,6 +122,7 @@ class DecoderAttention(nnx.Module):
         chunk_size = self.config.chunk_size if self.kind.attention is Attention.CHUNKED else None
         if cache is None:
             tokens = context.positions, context.segments
+            key, value = (products.rounded(x, CACHED_AS.value) for x in (key, value))  # gradients pass straight through
             return kernels.attend_sequence(query, key, value, *tokens, chunk_size, context.rows), None
         new = _stored(key, cache.keys), _stored(value, cache.values)  # as it will be read, by this call too
         old, cache = cache, _write(cache, *new, context)

@@ -63,10 +63,13 @@ def run(
 
 
 def _seeing(callback: Callback, config: TrainConfig) -> Callback:
-    """A callback that gets what products see at its step."""
-    return dataclasses.replace(
-        callback, run=lambda params, step: callback.run(qat.seen(params, config.qat, step), step)
-    )
+    """A callback that gets what products see at its step, and attends as they do."""
+
+    def run(params, step: int):
+        with qat.cached(config.qat, step):
+            return callback.run(qat.seen(params, config.qat, step), step)
+
+    return dataclasses.replace(callback, run=run)
 
 
 def for_tokenizer(config: Llama4Config, tokenizer: Tokenizer) -> Llama4Config:

@@ -1,14 +1,16 @@
 """Quantisation-aware training as part of a step: which rounding products see when, and gradients back through it.
 
 A step sees its number, so that one compiled program does the whole schedule: first no rounding, then eight bits, then the
-recipe's own. Master weights stay in full precision, and a checkpoint holds nothing but them and the learned ranges.
+recipe's own. Master weights stay in full precision, and a checkpoint holds nothing but them and the learned ranges. Keys and
+values are no parameters: what is traced under `cached` attends to them as an int8 cache holds them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from jax.sharding import NamedSharding
 
 from llama4_jax.config.quant import QuantSpec
 from llama4_jax.config.train import QatConfig
+from llama4_jax.nn.attention import CACHED_AS
 from llama4_jax.quant import fake, recipe
 from llama4_jax.train.state import Params, divided
 
@@ -39,6 +42,13 @@ def seen(params: Params, config: QatConfig, step: int) -> fake.Params:
     return fake.exact(params) if step < config.start else _rounded(params, config, step)
 
 
+@contextlib.contextmanager
+def cached(config: QatConfig, step: int) -> Iterator[None]:
+    """Rounds keys and values as those of step `step` are rounded, in what is traced in the block without a cache."""
+    with CACHED_AS(config.cache if step >= config.start else None):
+        yield
+
+
 def packed(params: Params, config: QatConfig) -> fake.Params:
     """The trained model's parameters in few bits; `params` itself without a recipe."""
     return fake.packed(params, _specs(params, config)) if config.recipe else params
@@ -48,12 +58,17 @@ def through(gradient: Callable, params: Params, config: QatConfig, step: jax.Arr
     """`gradient` of what products see of `params` at step [] int32, pulled back to `params`.
 
     gradient: parameters as `seen` to their gradients and anything else, which is passed on.
-    Where inputs are rounded as well, and not from the start, the program has the model twice: such rounding is part of
-    what a parameter is, and no number that could be chosen.
+    Where inputs, or keys and values, are rounded as well, and not from the start, the program has the model twice: such
+    rounding is part of what the program is, and no number that could be chosen.
     """
-    if not config.recipe:
+    if not config.rounds:
         return gradient(params)
-    rounded = functools.partial(_pulled, gradient, functools.partial(_rounded, config=config, step=step))
+
+    def with_cache(view):
+        with cached(config, config.start):
+            return gradient(view)
+
+    rounded = functools.partial(_pulled, with_cache, functools.partial(_rounded, config=config, step=step))
     if not _late_inputs(params, config):
         return rounded(params)
     return jax.lax.cond(step < config.start, functools.partial(_pulled, gradient, fake.exact), rounded, params)
@@ -86,8 +101,9 @@ def _chosen(first: bool | jax.Array, one: fake.Params, other: fake.Params) -> fa
 
 
 def _late_inputs(params: Params, config: QatConfig) -> bool:
-    """Whether rounding sets in later, and that of inputs with it."""
-    return bool(config.start) and any(spec.activations for spec in _specs(params, config).values())
+    """Whether rounding sets in later, and that of inputs, or of keys and values, with it."""
+    inputs = any(spec.activations for spec in _specs(params, config).values())
+    return bool(config.start) and (inputs or config.cache is not None)
 
 
 def _eight_bits(specs: Mapping[str, QuantSpec]) -> dict[str, QuantSpec]:
@@ -96,4 +112,4 @@ def _eight_bits(specs: Mapping[str, QuantSpec]) -> dict[str, QuantSpec]:
 
 
 def _specs(params: Params, config: QatConfig) -> dict[str, QuantSpec]:
-    return recipe.specs(fake.exact(params), config.preset)
+    return recipe.specs(fake.exact(params), config.preset) if config.recipe else {}

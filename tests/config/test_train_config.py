@@ -25,6 +25,8 @@ def test_what_cannot_be_kept_is_refused(change, message):
         ({"recipe": "int4_all", "ranges": "guessed"}, "ranges='guessed'; use one of 'minmax', 'learned'"),
         ({"recipe": "int8", "gradual": 5}, "gradual=5 wants a recipe in four bits, got recipe='int8'"),
         ({"recipe": "int4_all", "start": 9}, "qat.start=9 is past the last of steps=9"),
+        ({"cache": "int8", "start": 9}, "qat.start=9 is past the last of steps=9"),
+        ({"cache": "int4"}, "cache='int4'; use one of None, 'int8'"),
     ],
 )
 def test_rounding_that_could_not_be_is_refused(rounding, message):
@@ -33,7 +35,7 @@ def test_rounding_that_could_not_be_is_refused(rounding, message):
 
 
 def test_rounding_is_off_by_default_and_switched_on_by_overrides():
-    assert TrainConfig(steps=9).qat.recipe is None
+    assert not TrainConfig(steps=9).qat.rounds
     changes = ["qat.recipe=w4a8", "qat.group=32", "qat.start=5", "qat.ranges=learned"]
     config = configs.apply(TrainConfig(steps=9), changes)
     assert config.qat == QatConfig(recipe="w4a8", group=32, start=5, ranges="learned")

@@ -16,11 +16,13 @@ from llama4_jax.config import presets
 from llama4_jax.core import partitioning
 from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.model import accounting
-from llama4_jax.nn.attention import DecoderAttention
+from llama4_jax.nn import products
+from llama4_jax.nn.attention import CACHED_AS, DecoderAttention
 from llama4_jax.plan import programs
 from llama4_jax.testing import budget, goldens, tiny
 
 DRAWS = 24
+QUICK = {"xla_backend_optimization_level": 0}
 TOP_1 = 0.97  # of the golden's tokens; measured 1.0
 
 
@@ -50,10 +52,9 @@ class Case:
         self.tokens, self.wanted = golden.arrays["input_ids"].astype(np.int32), golden.arrays["logits"]
         self.model = checkpoint.load_hf(golden.checkpoint)
         self.chunk, self.time = self.model.config.text.attention.chunk_size, self.tokens.shape[1]
-        quick = {"xla_backend_optimization_level": 0}
-        self.step = jax.jit(lambda *call: self.model(call[0], segments=call[1], cache=call[2]), compiler_options=quick)
+        self.step = jax.jit(lambda *call: self.model(call[0], segments=call[1], cache=call[2]), compiler_options=QUICK)
         seeds = jax.random.split(jax.random.key(0), DRAWS)
-        drawn = jax.jit(jax.vmap(self.with_noise), compiler_options=quick)(seeds)
+        drawn = jax.jit(jax.vmap(self.with_noise), compiler_options=QUICK)(seeds)
         self.scatter = np.sqrt(np.mean(np.square(np.asarray(drawn) - self.wanted), axis=0))  # [b t v]
 
     def with_noise(self, seed):
@@ -158,6 +159,59 @@ def test_what_is_held_is_within_half_a_step_of_what_came(small):
         np.testing.assert_allclose(got.scales[..., 0], jnp.max(jnp.abs(wanted), -1) / 127, rtol=1e-5)
         error = jnp.abs(got.dequantize() - wanted) / got.scales
         assert 0.4 < error.max() <= 0.5 + 1e-3  # ties, to the rounding of two programs
+
+
+class Displaced(DecoderAttention):
+    """Attention to keys and values moved by constants to where rounding puts them."""
+
+    def __init__(self, attention: DecoderAttention):
+        self.config, self.kind, self.norm_eps = attention.config, attention.kind, attention.norm_eps
+        self.query, self.key, self.value = attention.query, attention.key, attention.value
+        self.output = attention.output
+
+    def _attend(self, query, key, value, context, cache):
+        move = lambda x: x + jax.lax.stop_gradient(products.rounded(x, "int8") - x)  # noqa: E731
+        return super()._attend(query, move(key), move(value), context, cache)
+
+
+def test_training_attends_to_what_decoding_reads(small):
+    """Nine tokens, over three chunks; sums in another order move logits of 9 by less than a thousandth of what rounding does."""
+    tokens = np.random.RandomState(0).randint(0, 128, (2, 9)).astype(np.int32)
+    forward = jax.jit(lambda tokens: small(tokens).logits, compiler_options=QUICK)
+    with CACHED_AS("int8"):
+        trained = forward(tokens)
+    run = jax.jit(lambda tokens, cache: small(tokens, cache=cache), compiler_options=QUICK)
+    output = run(tokens[:, :5], small.init_cache(2, 9, "int8"))
+    read = [output.logits]
+    for i in range(5, 9):
+        output = run(tokens[:, i : i + 1], output.cache)
+        read.append(output.logits)
+    moved = np.abs(trained - forward(tokens)).max()
+    assert moved > 0.05
+    np.testing.assert_allclose(trained, np.concatenate(read, axis=1), rtol=0, atol=1e-3 * moved)
+
+
+def test_gradients_pass_straight_through_rounded_keys_and_values(small):
+    attention, x = small.decoder.tail[1].attention, jax.random.normal(jax.random.key(0), (2, 9, CONFIG.text.embed_dim))
+    loss = lambda node: jnp.sum(jnp.sin(node(x, small.context(x.shape[:2]))[0]))  # noqa: E731
+    gradients = jax.jit(jax.grad(loss), compiler_options=QUICK)
+    wanted, exact = gradients(Displaced(attention)), gradients(attention)
+    with CACHED_AS("int8"):
+        found = gradients(attention)
+    for name in ("query", "key", "value", "output"):
+        each = [np.asarray(getattr(node, name).kernel[...]) for node in (found, wanted, exact)]
+        scale = np.abs(each[1]).max()
+        np.testing.assert_allclose(each[0] / scale, each[1] / scale, rtol=0, atol=1e-5, err_msg=name)
+        assert np.abs(each[0] - each[2]).max() / scale > 1e-3, name
+
+
+def test_without_it_nothing_is_rounded(small):
+    forward = lambda tokens: small(tokens).logits  # noqa: E731
+    tokens = np.ones((1, 9), np.int32)
+    plain = str(jax.make_jaxpr(forward)(tokens))
+    with CACHED_AS("int8"):
+        rounded = str(jax.make_jaxpr(forward)(tokens))
+    assert " round" not in plain and " round" in rounded and "i8[" in rounded
 
 
 def test_bytes_are_a_number_each_and_a_scale_for_each_token_and_head(small):

@@ -15,6 +15,7 @@ from llama4_jax.checkpoint.store import load_params
 from llama4_jax.config.train import QatConfig
 from llama4_jax.core import names
 from llama4_jax.core.quantized import QuantizedArray
+from llama4_jax.nn.attention import CACHED_AS
 from llama4_jax.quant import fake, matrices, recipe
 from llama4_jax.train import metrics, pretrain, qat
 from llama4_jax.train.loop import Callback
@@ -67,6 +68,19 @@ def test_rounding_of_inputs_sets_in_at_its_step_too():
         for name, gradient in taken(step).items():
             np.testing.assert_allclose(gradient, params[name], rtol=1e-6, err_msg=f"step {step} {name}")
         assert isinstance(qat.seen(experts(), config, step)[DOWN], QuantizedArray) == (step >= 3)
+
+
+@pytest.mark.parametrize("preset", [None, "int4_experts"])
+def test_rounding_of_keys_and_values_sets_in_at_its_step_with_a_recipe_or_alone(preset):
+    config = QatConfig(recipe=preset, group=8, start=3, cache="int8")
+    sees = lambda params: (params, jnp.array(CACHED_AS.value == "int8"))  # noqa: E731
+    take = jax.jit(lambda step: qat.through(sees, experts(), config, step)[1])
+    watched = []
+    callback = pretrain._seeing(Callback(1, lambda *_: watched.append(CACHED_AS.value)), run_config(qat=config))
+    for step in (2, 3, 1000):
+        assert take(jnp.int32(step)) == (step >= 3)
+        callback.run(experts(), step)
+    assert watched == [None, "int8", "int8"] and CACHED_AS.value is None
 
 
 def test_ranges_to_be_learned_must_be_there():
