@@ -75,3 +75,10 @@ def test_a_key_repeats_its_draws_and_another_does_not():
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match="wanted temperature >= 0, top_k >= 0 and 0 < top_p <= 1"):
         Sampler(**wrong)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 256, 521, 1000, 2021])  # primes and products, few and many parts
+def test_greedy_takes_the_first_of_the_likeliest(vocab_size):
+    logits = np.random.default_rng(vocab_size).integers(-3, 3, (5, vocab_size)).astype(np.float32)  # many are equal
+    logits[0], logits[1, :-1] = -np.inf, -np.inf
+    np.testing.assert_array_equal(GREEDY(jnp.asarray(logits), jax.random.key(0)), logits.argmax(-1))

@@ -26,7 +26,7 @@ def multiply(rows: jax.Array, matrix: jax.Array | Packed, activations: str | Non
 
     activations: what rows are rounded to first, see `config.quant.QuantSpec`.
     """
-    if _is_native(rows, matrix):
+    if _is_native(rows, matrix, rows.shape[0]):
         return _native(rows, matrix[None], jnp.full(1, rows.shape[0], jnp.int32), activations)
     if isinstance(matrix, Packed):
         rows, matrix = rows.astype(jnp.float32), matrix.unpack()
@@ -40,16 +40,25 @@ def grouped(
 
     group_sizes: [e] int32, the rows of each group; rows past their sum give 0. activations: as in `multiply`.
     """
-    if _is_native(rows, matrices):
+    if _is_native(rows, matrices, rows.shape[0]):
         return _native(rows, matrices, group_sizes, activations).astype(rows.dtype)
     if isinstance(matrices, Packed):
         matrices = matrices.unpack().astype(rows.dtype)
     return grouped_matmul(_rounded(rows, activations), matrices, group_sizes, transpose_rhs=True)
 
 
-def _is_native(rows: jax.Array, matrices: jax.Array | Packed) -> bool:
+def each(rows: jax.Array, matrices: jax.Array) -> jax.Array | None:
+    """`rows [e m k]` times the transposes of `matrices [e n k]`, each its own: [e m n] in float32; None where XLA must do it."""
+    groups, m, k = rows.shape
+    if not _is_native(rows, matrices, m):
+        return None
+    out = _native(rows.reshape(-1, k), matrices, jnp.full(groups, m, jnp.int32), None)
+    return out.reshape(groups, m, -1)
+
+
+def _is_native(rows: jax.Array, matrices: jax.Array | Packed, few: int) -> bool:
     # A mesh divides products, and cannot divide what it does not know.
-    if not 0 < rows.shape[0] <= FEW_ROWS or partitioning.platform() != "cpu" or partitioning.mesh_in_use():
+    if not 0 < few <= FEW_ROWS or partitioning.platform() != "cpu" or partitioning.mesh_in_use():
         return False
     floats = not isinstance(matrices, Packed)
     known = (

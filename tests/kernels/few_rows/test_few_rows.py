@@ -56,6 +56,22 @@ def test_each_row_meets_its_own_groups_matrix_and_rows_of_none_give_zero(sizes, 
 
 
 @DTYPES
+@pytest.mark.parametrize("m", [1, 4, 9])
+def test_each_group_of_equal_size_meets_its_own_matrix(m, dtype):
+    rows, matrices = drawn(5, m, 20, dtype=dtype, seed=8), drawn(5, 33, 20, dtype=dtype, seed=9)
+    got = jax.jit(few_rows.each)(rows, matrices)
+    assert got.dtype == jnp.float32 and got.shape == (5, m, 33)
+    for product, left, right in zip(got, rows, matrices):
+        assert_near(product, left, right, jnp.float32)
+
+
+def test_groups_of_many_rows_are_left_to_xla():
+    rows = jnp.zeros((2, few_rows.FEW_ROWS + 1, 8))
+    assert few_rows.each(rows, jnp.zeros((2, 3, 8))) is None
+    assert few_rows.each(rows[:, 1:], jnp.zeros((2, 3, 8), jnp.bfloat16)) is None
+
+
+@DTYPES
 def test_gradients_equal_those_of_plain_products(dtype):
     rows, matrices = drawn(6, 48, dtype=dtype, seed=4), drawn(3, 20, 48, dtype=dtype, seed=5)
     sizes, group = jnp.array([2, 0, 3], jnp.int32), np.array([0, 0, 2, 2, 2])
