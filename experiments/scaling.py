@@ -44,6 +44,7 @@ MESHES = {  # model, chips -> of each length
     ("maverick", 128): ("fsdp=4,expert=32", "fsdp=4,expert=32", "fsdp=4,expert=32"),
     ("maverick", 256): ("fsdp=8,expert=32", "fsdp=8,expert=32", "fsdp=4,expert=64"),
 }
+KEPT_IN = {("maverick", "v6e:16x16"): "host"}  # what does not fit with everything on the device
 MODELS = tuple(dict.fromkeys(model for model, _ in MESHES))
 COLOURS = dict(zip(PODS, ("#3b5b92", "#4c9a6a", "#c8553d")))
 ASIDE = dict(zip(PODS, (-7000, 0, 7000)))  # tokens: what would lie on one another lies beside
@@ -69,19 +70,23 @@ class Cell(NamedTuple):
         return "train" if self.length == min(ROWS) else "long"
 
     @property
+    def kept_in(self) -> str:
+        """Where layers' inputs wait for the backward pass."""
+        return KEPT_IN.get(self[:2], "device")
+
+    @property
     def flags(self) -> str:
         """What experiments.plan is asked for it."""
         lies = f"--mesh={self.mesh} --placement={self.placement}"
-        return f"--model={self.model} --topology={self.pod} {lies} --batch={self.rows} --length={self.length}"
+        kept = "" if self.kept_in == "device" else f" --train kept_in={self.kept_in}"
+        return f"--model={self.model} --topology={self.pod} {lies} --batch={self.rows} --length={self.length}{kept}"
 
     def expected(self) -> estimate.Estimate:
         """The closed form."""
         training = TrainConfig(steps=1000, compute_dtype="bfloat16", remat="block", logits_limit=2**28)
         job = {"config": presets.PRESETS[self.model](), "mode": "train", "topology": self.pod, "training": training}
-        mesh = tuple(shards.parse(self.mesh).items())
-        return estimate.of(
-            Job(**job, batch=self.rows, length=self.length), Choice(mesh=mesh, placement=PLACEMENTS[self.placement])
-        )
+        lies = {"mesh": tuple(shards.parse(self.mesh).items()), "placement": PLACEMENTS[self.placement]}
+        return estimate.of(Job(**job, batch=self.rows, length=self.length), Choice(**lies, kept_in=self.kept_in))
 
 
 CELLS = [Cell(model, pod, length) for model in MODELS for pod in PODS for length in ROWS]
@@ -102,7 +107,7 @@ def row(plan: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def wanted(cell: Cell) -> str:
     """Under which flags the table has a cell."""
-    shared = {"remat": "block", "accumulation": 1, "kept_in": "device", "mode": "train", "topology": cell.pod}
+    shared = {"remat": "block", "accumulation": 1, "kept_in": cell.kept_in, "mode": "train", "topology": cell.pod}
     plain = {"model": cell.model, "mesh": cell.mesh, "placement": cell.placement, "batch": cell.rows}
     return row(shared | plain | {"length": cell.length, "fits": None, "over_gib": None, "compile_seconds": None})[0]
 
@@ -114,7 +119,8 @@ def show(table: dict[str, Any], expected: dict[Cell, estimate.Estimate]) -> None
     for model in MODELS:
         for pod in PODS:
             cells = [text(table.get(wanted(cell)), expected[cell]) for cell in CELLS if cell[:2] == (model, pod)]
-            print(f"| {model.capitalize()} | {PODS[pod]} | " + " | ".join(cells) + " |")
+            waits = f", kept_in={KEPT_IN[model, pod]}" if (model, pod) in KEPT_IN else ""
+            print(f"| {model.capitalize()} | {PODS[pod]}{waits} | " + " | ".join(cells) + " |")
     print()
 
 
