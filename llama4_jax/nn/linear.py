@@ -127,7 +127,7 @@ class Embedding(nnx.Module):
         table, rows = self.table[...], x.reshape(-1, x.shape[-1])
         if isinstance(table, QuantizedArray):
             return products.dense(x, jax.tree.map(jnp.transpose, table), dtype=jnp.float32)
-        return few_rows.multiply(rows, table).reshape(*x.shape[:-1], -1)
+        return few_rows.multiply(rows, table, products.activations(table)).reshape(*x.shape[:-1], -1)
 
 
 def packed(embedding: Embedding) -> Embedding:

@@ -18,6 +18,7 @@ from llama4_jax.core import partitioning
 from llama4_jax.core.partitioning import TRAIN
 from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.kernels import int4_matmul
+from llama4_jax.kernels.few_rows import Packed
 from llama4_jax.kernels.grouped_matmul import grouped_matmul
 
 Weight = jax.Array | QuantizedArray
@@ -68,9 +69,9 @@ def in_floats(experts: nnx.Module, dtype) -> nnx.Module:
     return jax.tree.map(of, experts, is_leaf=lambda node: isinstance(node, nnx.Param))
 
 
-def activations(weight: Weight) -> str | None:
+def activations(weight: Weight | Packed) -> str | None:
     """What rows are rounded to before they meet this weight."""
-    return weight.activations if isinstance(weight, QuantizedArray) else None
+    return weight.activations if isinstance(weight, QuantizedArray | Packed) else None
 
 
 def floats(weight: Weight, dtype) -> jax.Array:

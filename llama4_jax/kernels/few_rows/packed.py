@@ -37,6 +37,7 @@ class Packed:
     kind: str = dataclasses.field(metadata={"static": True})  # the dtype of the values, before they were packed
     k: int = dataclasses.field(metadata={"static": True})
     dtype: str = dataclasses.field(metadata={"static": True})  # of the array it stands for
+    activations: str | None = dataclasses.field(default=None, metadata={"static": True})  # of it; see QuantSpec
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,7 +88,8 @@ def pack(weight: QuantizedArray, num_inputs: int, leading: int = 0) -> Packed:
     offsets = weight.offsets
     if offsets is not None:
         offsets = _matrices(_of_outputs(offsets, weight, start, stop), start, stop).astype(jnp.float32)
-    return Packed(_blocks(values, scales.shape[-1]), scales, offsets, values.dtype.name, values.shape[-1], weight.dtype)
+    kept = _blocks(values, scales.shape[-1]), scales, offsets
+    return Packed(*kept, values.dtype.name, values.shape[-1], weight.dtype, weight.activations)
 
 
 def join(matrices: list[Packed]) -> Packed:
