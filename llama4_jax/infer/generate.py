@@ -17,6 +17,8 @@ from flax import struct
 
 from llama4_jax.core import names, partitioning
 from llama4_jax.core.quantized import QuantizedArray
+from llama4_jax.infer import matrices
+from llama4_jax.infer.options import DECODING
 from llama4_jax.infer.sampling import GREEDY, Sampler
 from llama4_jax.kernels import few_rows
 from llama4_jax.model import Cache, Llama4, fusion, lora
@@ -49,12 +51,13 @@ def prepare(model: Llama4) -> Llama4:
     """The same model with its weights laid out for decoding: `generate` does this on each call, so do it once.
 
     Adapters are merged and layers stand alone. On one CPU the decoder's matrices are transposed, which costs a copy of the
-    weights, and moved into large pages; those of few bits are packed.
+    weights, and moved into large pages; those of few bits are packed. Anywhere else weights of few bits become matrices that
+    each device reads as they lie (`infer.matrices`), for the mesh in use.
     """
     _report_merged(_merged_into_floats(model))
     model = lora.merge(model).unrolled()
     if partitioning.platform() != "cpu" or partitioning.mesh_in_use():
-        return model
+        return matrices.laid_out(model)
 
     def lay_out(path, node):
         if type(node) is DecoderAttention:
@@ -150,9 +153,18 @@ def _first(logits, cache: Cache, key, max_new_tokens: int, stop: tuple[int, ...]
     return State(cache=cache, tokens=tokens, written=written, count=count, done=_is_stop(tokens, stop), key=key)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=1)
 def _decode(model: Llama4, state: State, steps: int, stop: tuple[int, ...], sampler: Sampler) -> State:
     """At most `steps` more tokens for each row; fewer when all rows are done."""
+    return _loop(partitioning.platform())(model, state, steps, stop, sampler)
+
+
+@functools.cache
+def _loop(platform: str):
+    told = {"static_argnums": (3, 4), "donate_argnums": 1, "compiler_options": DECODING.get(platform)}
+    return jax.jit(_run, **told)
+
+
+def _run(model: Llama4, state: State, steps: int, stop: tuple[int, ...], sampler: Sampler) -> State:
     end = state.count + steps
 
     def step(state: State) -> State:

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from llama4_jax.core import parameter, partitioning
 from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.kernels import few_rows
-from llama4_jax.nn import products, spread
+from llama4_jax.nn import matrices, products, spread
 
 
 class Linear(nnx.Module):
@@ -57,11 +57,25 @@ class Linear(nnx.Module):
 
 def together(x: jax.Array, *linears: Linear) -> list[jax.Array]:
     """`linear(x)` of each. On a mesh their gradients in x are added up before devices exchange them, and then once."""
-    mesh = spread.mesh_of(linears[0].kernel)
+    mesh = spread.mesh_of(linears[0].kernel) if all(type(linear) is Linear for linear in linears) else None
     if mesh is None:
         return [linear(x) for linear in linears]
     products = spread.products(mesh, x, [linear.kernel for linear in linears], linears[0].num_inputs)
     return [linear.completed(product, x) for linear, product in zip(linears, products)]
+
+
+class MatrixLinear(nnx.Module):
+    """A `Linear` of few bits for decoding with kernels; see `matrices`."""
+
+    def __init__(self, linear: Linear):
+        self.num_inputs = linear.num_inputs
+        self.kernel, self.outputs = matrices.lay_out(linear.kernel, linear.num_inputs)
+        self.bias = linear.bias
+
+    def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
+        dtype = dtype or x.dtype
+        y = matrices.multiply(x, self.kernel, self.outputs, self.num_inputs, dtype)
+        return y if self.bias is None else (y + self.bias[...]).astype(dtype)
 
 
 class TransposedLinear(nnx.Module):

@@ -14,7 +14,7 @@ from flax import nnx
 from llama4_jax.config import MoeConfig
 from llama4_jax.core import parameter, partitioning
 from llama4_jax.kernels import few_rows
-from llama4_jax.nn import dispatch, expert_parallel, products
+from llama4_jax.nn import dispatch, expert_parallel, matrices, products
 from llama4_jax.nn.mlp import Mlp, swiglu
 from llama4_jax.nn.router import Router
 
@@ -34,6 +34,18 @@ class Experts(nnx.Module):
         """rows [m d] sorted by expert, group_sizes [e] rows of each; rows past their sum give 0."""
         hidden = swiglu(products.grouped(rows, self.gate_up, group_sizes))  # [m 2 f] to [m f]
         return products.grouped(hidden, self.down, group_sizes)
+
+
+class MatrixExperts(nnx.Module):
+    """`Experts` of few bits for decoding with kernels; see `matrices`."""
+
+    def __init__(self, experts: Experts):
+        self.gate_up, self.hidden = matrices.lay_out(experts.gate_up, 1, leading=1)
+        self.down, self.outputs = matrices.lay_out(experts.down, 1, leading=1)
+
+    def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        hidden = swiglu(self.hidden.rows(products.grouped(rows, self.gate_up, group_sizes)))
+        return self.outputs.rows(products.grouped(hidden, self.down, group_sizes))
 
 
 class TransposedExperts(nnx.Module):

@@ -1,8 +1,9 @@
 """Products of activations with a parameter, in whatever form it holds its weight: floats, or few bits and scales.
 
-The one place where modules meet a `QuantizedArray`. On one device its products read the few bits (`kernels.int4_matmul`); where
-a mesh divides them, each device makes floats of its own part first. Rows are rounded where the weight says so, with the scale
-of the whole row wherever its parts are.
+The one place where modules meet a `QuantizedArray`, but for those laid out for decoding (`matrices`). On one device its
+products read the few bits (`kernels.int4_matmul`); where a mesh divides them, each device makes floats of its own part first,
+but of experts that are only read. Rows are rounded where the weight says so, with the scale of the whole row wherever its
+parts are.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def dense(x: jax.Array, weight: Weight, num_inputs: int = 1, dtype=None) -> jax.
     """
     if isinstance(weight, QuantizedArray):
         if partitioning.mesh_in_use() is None:
-            return _few_bits(x.astype(dtype or x.dtype), weight, num_inputs)
+            return _few_bits(x, weight, num_inputs, dtype)
         x, weight = rounded(x, activations(weight), num_inputs), floats(weight, x.dtype)
     # Sums are fp32 whatever the inputs; XLA's CPU backend is also 2.5x faster so in bfloat16.
     return jnp.tensordot(x, weight, axes=num_inputs, preferred_element_type=jnp.float32)
@@ -43,9 +44,14 @@ def grouped(rows: jax.Array, kernel: nnx.Param, group_sizes: jax.Array) -> jax.A
     if isinstance(weight, QuantizedArray):
         # What is left of a mesh is in the hands of the compiler, which cannot divide a kernel, but not inside `jax.shard_map`.
         mesh = partitioning.mesh_in_use()
-        alone = mesh is None or all(kind is AxisType.Manual for kind in mesh.axis_types)
-        implementation = None if alone else "xla"
-        return int4_matmul.grouped(rows, weight, group_sizes, implementation=implementation)
+        own = mesh is not None and all(kind is AxisType.Manual for kind in mesh.axis_types)
+        return int4_matmul.grouped(
+            rows,
+            weight,
+            group_sizes,
+            over=_over(kernel) if own else (),
+            implementation=None if own or mesh is None else "xla",
+        )
     rule = kernel.get_metadata()
     if rule.get("rows"):
         rows = int4_matmul.rounded(rows, rule["rows"], rule["over"])
@@ -62,11 +68,16 @@ def in_floats(experts: nnx.Module, dtype) -> nnx.Module:
         weight = parameter[...]
         if not isinstance(weight, QuantizedArray):
             return parameter
-        inputs = parameter.axes[-weight.ndim :][1]  # [e k n..]
-        over = tuple(TRAIN.table[inputs]) if inputs == "mlp" else ()
-        return nnx.Param(floats(weight, dtype), axes=parameter.axes, rows=weight.activations, over=over)
+        rule = {"rows": weight.activations, "over": _over(parameter)}
+        return nnx.Param(floats(weight, dtype), axes=parameter.axes, **rule)
 
     return jax.tree.map(of, experts, is_leaf=lambda node: isinstance(node, nnx.Param))
+
+
+def _over(kernel: nnx.Param) -> tuple[str, ...]:
+    """The mesh axes that divide the inputs of a kernel [e k n..] where devices multiply with their parts."""
+    inputs = kernel.axes[-kernel.ndim :][1]
+    return tuple(TRAIN.table[inputs]) if inputs == "mlp" else ()
 
 
 def activations(weight: Weight | Packed) -> str | None:
@@ -94,10 +105,10 @@ def rounded(x: jax.Array, activations: str | None, num_inputs: int = 1) -> jax.A
     return int4_matmul.rounded(rows, activations).reshape(x.shape)
 
 
-def _few_bits(x: jax.Array, weight: QuantizedArray, num_inputs: int) -> jax.Array:
+def _few_bits(x: jax.Array, weight: QuantizedArray, num_inputs: int, dtype) -> jax.Array:
     leading, inputs = x.shape[: x.ndim - num_inputs], math.prod(x.shape[x.ndim - num_inputs :])
     matrix = jax.tree.map(
         lambda part: part.reshape(-1, *part.shape[num_inputs:]), weight
     )  # successive inputs share scales
-    y = int4_matmul.matmul(x.reshape(-1, inputs), matrix)
+    y = int4_matmul.matmul(x.reshape(-1, inputs), matrix, dtype=dtype)
     return y.reshape(*leading, *weight.shape[num_inputs:]).astype(jnp.float32)

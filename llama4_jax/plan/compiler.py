@@ -16,6 +16,8 @@ import pathlib
 import re
 import resource
 import time
+import types
+from collections.abc import Mapping
 
 import jax
 
@@ -24,6 +26,7 @@ OPTIONS = {
     "xla_tpu_enable_offloading_gather_to_sparsecore": "false",
     "xla_tpu_enable_offloading_scatter_to_sparsecore": "false",
 }
+NONE = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,29 +60,33 @@ class Answers:
     fresh: bool = False
     flags: str = ""
 
-    def ask(self, lowered: jax.stages.Lowered, topology: str) -> Answer:
-        """The answer for the devices that `lowered` was made for; that it does not fit is an answer too."""
+    def ask(self, lowered: jax.stages.Lowered, topology: str, options: Mapping[str, str] = NONE) -> Answer:
+        """The answer for the devices that `lowered` was made for; that it does not fit is an answer too.
+
+        options: what the compiler is told of this program.
+        """
+        options = OPTIONS | options
         if self.folder is None:
-            return _compile(lowered)
-        path = self.folder / f"{self.key(lowered, topology)}.json.gz"
+            return _compile(lowered, options)
+        path = self.folder / f"{self.key(lowered, topology, options)}.json.gz"
         if path.is_file() and not self.fresh:
             return Answer(**json.loads(gzip.decompress(path.read_bytes())) | {"recalled": True})
-        answer = _compile(lowered)
+        answer = _compile(lowered, options)
         _keep(answer, path)
         return answer
 
-    def key(self, lowered: jax.stages.Lowered, topology: str) -> str:
+    def key(self, lowered: jax.stages.Lowered, topology: str, options: Mapping[str, str]) -> str:
         """A hash of everything that an answer depends on, and of what it consists of."""
         versions = [importlib.metadata.version(name) for name in ("jaxlib", "libtpu")]
         fields = [field.name for field in dataclasses.fields(Answer)]
-        rest = json.dumps([topology, OPTIONS, self.flags, versions, fields])
+        rest = json.dumps([topology, options, self.flags, versions, fields])
         return hashlib.sha256((rest + lowered.as_text()).encode()).hexdigest()[:32]
 
 
-def _compile(lowered: jax.stages.Lowered) -> Answer:
+def _compile(lowered: jax.stages.Lowered, options: Mapping[str, str]) -> Answer:
     start = time.perf_counter()
     try:
-        program = lowered.compile(compiler_options=OPTIONS)
+        program = lowered.compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as error:
         over = _excess(str(error))
         if over is None:

@@ -107,7 +107,7 @@ class Job:
         """Memory, work and estimates of a device, and whether the program fits; `over_gib` says by how much it does not."""
         device, mesh = topology.device(self.topology), partitioning.make_mesh(dict(choice.mesh), self.devices)
         step = self.lower(choice, mesh)
-        answer = answers.ask(step.lowered, self.topology)
+        answer = answers.ask(step.lowered, self.topology, step.options)
         found = {name: getattr(answer, name) for name in ("compile_seconds", "host_gib", "recalled")}
         if answer.over:
             return found | {"fits": False, "over_gib": answer.over}

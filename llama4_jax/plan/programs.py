@@ -6,6 +6,7 @@ Nothing is allocated: the model is abstract, and every argument is a shape with 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llama4_jax import infer
 from llama4_jax.config import Llama4Config
 from llama4_jax.config.train import QatConfig, TrainConfig
 from llama4_jax.core import names, partitioning
 from llama4_jax.core.partitioning import Placement
+from llama4_jax.infer.options import DECODING
 from llama4_jax.model import Cache, Llama4
 from llama4_jax.plan import weights
+from llama4_jax.plan.compiler import NONE
 from llama4_jax.plan.weights import PLAIN, Kept
 from llama4_jax.quant import fake
 from llama4_jax.quant import recipe as recipes
@@ -28,10 +32,11 @@ CACHE_AXES = ("batch", "kv_heads", "time", "head_dim")  # of a layer's keys and 
 
 
 class Step(NamedTuple):
-    """A lowered program and its arguments by kind, as shapes that know their shardings."""
+    """A lowered program, its arguments by kind, as shapes that know their shardings, and what the compiler is told of it."""
 
     lowered: jax.stages.Lowered
     arguments: dict[str, Any]
+    options: Mapping[str, str] = NONE
 
 
 def train(
@@ -65,8 +70,8 @@ def decode(
 
 
 def _forward(config: Llama4Config, mesh: Mesh, placement: Placement, kept: Kept, *, batch: int, length: int, new: int):
-    # In decoding layers stand alone, as in `infer.prepare`: a loop over them reads the whole cache and writes another. A
-    # prompt fills the cache but once, and its layers are compiled as one period, which takes minutes less.
+    # Decoding has the layout of `infer.prepare`: in a loop, layers would read the whole cache and write another. A prompt
+    # fills the cache but once, and its layers are compiled as one period, which takes minutes less.
     scan = new > 1
     structure, params = abstract_params(config, jnp.bfloat16, placement, mesh, scan=scan, recipe=kept.recipe)
     cache = jax.eval_shape(lambda: _empty_cache(config, batch, length, scan, kept.cache))
@@ -85,12 +90,15 @@ def _forward(config: Llama4Config, mesh: Mesh, placement: Placement, kept: Kept,
         # A chip that serves holds the vision tower too, which text does not visit.
         jitted = jax.jit(run, donate_argnums=2, out_shardings=(None, caches), keep_unused=True)
         lowered = jitted.lower(params, tokens, cache)
-    return Step(lowered, {"parameters": params, "cache": cache})
+    return Step(lowered, {"parameters": params, "cache": cache}, DECODING["tpu"] if new == 1 else NONE)
 
 
 def abstract_params(config: Llama4Config, dtype, placement: Placement, mesh: Mesh, *, scan: bool = True, recipe=None):
-    """The structure of the model, and the shape and sharding of each parameter by name."""
+    """The structure of the model, and the shape and sharding of each parameter by name; without `scan` laid out for decoding."""
     model = weights.abstract(config, recipe, dtype=dtype, scan=scan)
+    if not scan:
+        with partitioning.use(mesh, placement):
+            model = jax.eval_shape(infer.prepare, model)
     structure, params = names.split(model)
     return structure, placed(params, names.split(partitioning.shardings(model, placement, mesh))[1])
 

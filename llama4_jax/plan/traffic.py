@@ -5,6 +5,8 @@ What lies in a memory on the chip (`S(n)` in the layout) is free. Source: the ru
 
 from __future__ import annotations
 
+import re
+
 from llama4_jax.plan.hlo import Array, Computation, Instruction, Program
 
 # They move nothing, or what they do is counted elsewhere: at the start of a pair, or in the computation that they call.
@@ -37,6 +39,10 @@ def hbm_bytes(program: Program, computation: Computation, each: Instruction) -> 
         return (sum(array.nbytes for array in kept) if _in_hbm(operands[0].shape) else 0) + _in_hbm(kept)
     if each.opcode in _IN_PLACE:
         return 2 * _in_hbm(operands[_IN_PLACE[each.opcode]].shape)
+    if each.opcode == "custom-call":
+        stated = re.search(r'"bytes_accessed":"(\d+)"', each.attributes)  # a kernel may leave much of an operand unread
+        moved = sum(_in_hbm(operand.shape) for operand in operands) + _in_hbm(each.shape)
+        return min(moved, int(stated.group(1))) if stated else moved
     results = each.shape
     if each.opcode.endswith("-start"):  # (source, target, ...) but of a copy (target, source, ...)
         results = each.shape[:1] if each.opcode == "copy-start" else each.shape[len(operands) : 2 * len(operands)]

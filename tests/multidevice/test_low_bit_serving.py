@@ -1,10 +1,12 @@
-"""A model in few bits that several devices serve: each multiplies with its part of the experts as it lies."""
+"""A model in few bits that several devices serve: each multiplies with its part of the weights as it lies."""
 
 import jax
 import numpy as np
 import pytest
 
+from llama4_jax import infer
 from llama4_jax.config import quant
+from llama4_jax.config.quant import QuantRecipe, QuantSpec
 from llama4_jax.core import partitioning
 from llama4_jax.quant import ptq
 from llama4_jax.testing import tiny
@@ -34,12 +36,31 @@ def steps(model):
     return np.concatenate([first, run(model, tokens[:, 5:], cache)[0]], axis=1)
 
 
+# Rounded rows and offsets wherever the decoder has a matrix, and outputs that fill no tile of a device.
+ALL = QuantRecipe(
+    name="all",
+    rules=(
+        *((name, QuantSpec(group=4, symmetric=False, activations="int8")) for name, _ in quant.w4a8().rules),
+        ("head.kernel", QuantSpec(group=4)),
+    ),
+)
+
+
 def test_decoding_in_few_bits_does_not_depend_on_the_mesh():
-    model = few_bits(quant.int4_all(4))
+    model = few_bits(ALL)
     mesh = partitioning.make_mesh(MESH, jax.devices()[:4])
     with partitioning.use(mesh, partitioning.SERVE):
         placed = jax.device_put(model, partitioning.shardings(model, partitioning.SERVE, mesh))
-        found = steps(placed)
+        prepared = infer.prepare(placed)
+        places = partitioning.shardings(prepared, partitioning.SERVE, mesh)
+        for leaf, place in zip(*map(jax.tree.leaves, (prepared, places)), strict=True):
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim), (leaf.sharding, place)
+        assert prepared.head.kernel.shape == (
+            32,
+            2 * 128,
+        )  # 64 of 128 tokens on each of two devices, filled up to a tile
+        assert jax.tree.structure(infer.prepare(prepared)) == jax.tree.structure(prepared)
+        found = steps(prepared)
     np.testing.assert_allclose(found, steps(model), rtol=0, atol=TOLERANCE)
 
 
@@ -47,7 +68,7 @@ def test_decoding_in_few_bits_does_not_depend_on_the_mesh():
     ("make", "placement", "as_they_lie"),
     [
         (quant.int4_all, partitioning.SERVE, True),
-        (quant.w4a8, partitioning.SERVE, False),  # a row that is rounded has one scale for all devices that share it
+        (quant.w4a8, partitioning.SERVE, True),
         (quant.int4_all, partitioning.TRAIN, False),  # gradients of floats are added up
     ],
     ids=["serve", "rounded rows", "train"],

@@ -79,3 +79,23 @@ def test_of_what_is_sliced_only_the_slice_is_read_and_on_the_chip_nothing_is_wri
     piece = 4 * 128 / 2
     found = count.count(hlo.parse(SLICED), {"data": 1}).hbm_bytes
     assert found == 2 * piece + piece + piece  # the first is written to HBM, the second by the copy at the end
+
+
+KERNEL = """HloModule kernel
+
+ENTRY %main (rows: bf16[8,128], weight: s4[16,128,256]) -> bf16[8,256] {{
+  %rows = bf16[8,128]{{1,0}} parameter(0)
+  %weight = s4[16,128,256]{{2,1,0}} parameter(1)
+  ROOT %product = bf16[8,256]{{1,0}} custom-call(%rows, %weight), custom_call_target="tpu_custom_call"{cost}
+}}
+"""
+
+
+def test_a_kernel_moves_what_it_says_where_that_is_less_than_its_operands_and_result():
+    whole = 2 * 8 * 128 + 16 * 128 * 256 // 2 + 2 * 8 * 256
+
+    def moved(stated):
+        cost = f', backend_config={{"cost_estimate":{{"flops":"7","bytes_accessed":"{stated}"}}}}' if stated else ""
+        return count.count(hlo.parse(KERNEL.format(cost=cost)), {"data": 1}).hbm_bytes
+
+    assert [moved(None), moved(1000), moved(10**9)] == [whole, 1000, whole]

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +26,10 @@ KERNELS = {"tpu": "pallas_tpu"}  # by platform
 _logger = logging.getLogger(__name__)
 
 
-def matmul(x: jax.Array, weight: QuantizedArray, *, implementation: str | None = None) -> jax.Array:
-    """`x @ weight`: `[m n..]` in x's dtype, summed in float32. Rows are rounded first if `weight.activations` says to what.
+def matmul(
+    x: jax.Array, weight: QuantizedArray, *, dtype=None, over: Sequence[str] = (), implementation: str | None = None
+) -> jax.Array:
+    """`x @ weight`: `[m n..]`, summed in float32. Rows are rounded first if `weight.activations` says to what.
 
     Differentiable in x, in reverse mode; rounding passes the gradient straight through. Weights of integers or float8 are
     constants. While they are trained their values are wider floats (`quant.fake`), and get gradients too.
@@ -33,6 +37,8 @@ def matmul(x: jax.Array, weight: QuantizedArray, *, implementation: str | None =
     Args:
         x: [m k], bfloat16 or float32.
         weight: [k n..], with one axis or more after k.
+        dtype: of the result, by default that of x.
+        over: mesh axes whose devices hold parts of k, inside `jax.shard_map`: rows are rounded with the scale of the whole row.
         implementation: a name in `IMPLEMENTATIONS`, or None to choose by platform.
 
     Raises:
@@ -42,15 +48,19 @@ def matmul(x: jax.Array, weight: QuantizedArray, *, implementation: str | None =
     _check(x, weight, leading=0)
     name = _named(implementation, x, weight, 0)
     if x.shape[0] == 0:
-        return jnp.zeros((0, *weight.shape[1:]), x.dtype)
+        return jnp.zeros((0, *weight.shape[1:]), dtype or x.dtype)
+    how = How(name, jnp.dtype(dtype or x.dtype).name, tuple(over))
     with jax.named_scope("int4_matmul"):
-        if _trained(weight):
-            return _product(name, x, weight)
-        return _constant_weight(name, x, weight)
+        return (how.product if _trained(weight) else functools.partial(_constant_weight, how))(x, weight)
 
 
 def grouped(
-    x: jax.Array, weight: QuantizedArray, group_sizes: jax.Array, *, implementation: str | None = None
+    x: jax.Array,
+    weight: QuantizedArray,
+    group_sizes: jax.Array,
+    *,
+    over: Sequence[str] = (),
+    implementation: str | None = None,
 ) -> jax.Array:
     """`out[i] = x[i] @ weight[g]` for each row i of group g: `[m n..]`; rows past the last group give 0.
 
@@ -60,7 +70,7 @@ def grouped(
         x: [m k], rows sorted by group, bfloat16 or float32.
         weight: [e k n..], with one axis or more after k.
         group_sizes: [e] int32, not negative, with a sum of at most m; may be 0.
-        implementation: a name in `IMPLEMENTATIONS`, or None to choose by platform.
+        over, implementation: as for `matmul`.
     """
     _check(x, weight, leading=1)
     if group_sizes.shape != weight.shape[:1] or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
@@ -71,10 +81,22 @@ def grouped(
     name = _named(implementation, x, weight, 1)
     if x.shape[0] == 0:
         return jnp.zeros((0, *weight.shape[2:]), x.dtype)
+    how = How(name, x.dtype.name, tuple(over))
     with jax.named_scope("int4_grouped"):
-        if _trained(weight):
-            return _product(name, x, weight, group_sizes)
-        return _constant_weight(name, x, weight, group_sizes)
+        return (how.product if _trained(weight) else functools.partial(_constant_weight, how))(x, weight, group_sizes)
+
+
+class How(NamedTuple):
+    """By which implementation, to a result of which dtype, and over which mesh axes the inputs are divided."""
+
+    name: str
+    dtype: str
+    over: tuple[str, ...]
+
+    def product(self, x: jax.Array, weight: QuantizedArray, *group_sizes: jax.Array) -> jax.Array:
+        implementation = IMPLEMENTATIONS[self.name]
+        call = implementation.grouped if group_sizes else implementation.matmul
+        return call(x, weight, *group_sizes, dtype=self.dtype, over=self.over)
 
 
 @functools.cache
@@ -105,23 +127,19 @@ def _trained(weight: QuantizedArray) -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _constant_weight(name: str, x: jax.Array, weight: QuantizedArray, *group_sizes: jax.Array) -> jax.Array:
-    return _product(name, x, weight, *group_sizes)
+def _constant_weight(how: How, x: jax.Array, weight: QuantizedArray, *group_sizes: jax.Array) -> jax.Array:
+    return how.product(x, weight, *group_sizes)
 
 
-def _product(name, x, weight, *group_sizes):
-    implementation = IMPLEMENTATIONS[name]
-    return (implementation.grouped if group_sizes else implementation.matmul)(x, weight, *group_sizes)
+def _forward(how, x, weight, *group_sizes):
+    nothing = jnp.zeros((0,), x.dtype)  # the dtype of x, and not x: what is linear in x needs no x
+    return how.product(x, weight, *group_sizes), (nothing, weight, group_sizes)
 
 
-def _forward(name, x, weight, *group_sizes):
-    return _product(name, x, weight, *group_sizes), (weight, group_sizes)  # not x: what is linear in x needs no x
-
-
-def _backward(_, saved, cotangent):
-    weight, group_sizes = saved
-    anywhere = jnp.zeros((cotangent.shape[0], weight.shape[len(group_sizes)]), cotangent.dtype)
-    (d_x,) = jax.vjp(lambda x: _product("xla", x, weight, *group_sizes), anywhere)[1](cotangent)
+def _backward(how, saved, cotangent):
+    nothing, weight, group_sizes = saved
+    anywhere = jnp.zeros((cotangent.shape[0], weight.shape[len(group_sizes)]), nothing.dtype)
+    (d_x,) = jax.vjp(lambda x: how._replace(name="xla").product(x, weight, *group_sizes), anywhere)[1](cotangent)
     return d_x, *[None] * (1 + len(group_sizes))
 
 

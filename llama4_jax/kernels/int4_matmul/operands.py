@@ -32,8 +32,8 @@ class Operands:
     arrays: dict[str, jax.Array]
 
     @classmethod
-    def make(cls, x: jax.Array, weight: QuantizedArray, *, leading: int, int8: bool) -> Operands:
-        """Of x [m k] and weight with `leading` axes before k. int8: whether there are matrix units for it.
+    def make(cls, x: jax.Array, weight: QuantizedArray, *, leading: int, int8: bool, over=()) -> Operands:
+        """Of x [m k] and weight with `leading` axes before k. int8: whether there are matrix units for it; over: see `api`.
 
         Raises NotImplementedError for what `refusal` names.
         """
@@ -47,7 +47,7 @@ class Operands:
         group = values.shape[1] // scales.shape[1]
         arrays = {"rows": x, "values": values, "scales": scales}
         if weight.activations is not None:
-            rows, arrays["row_scales"] = quantized.quantize_rows(x, weight.activations)
+            rows, arrays["row_scales"] = quantized.quantize_rows(x, weight.activations, over=over)
             whole = group % DEPTH == 0 or scales.shape[1] == 1
             in_int8 = int8 and whole and rows.dtype == jnp.int8 and jnp.issubdtype(values.dtype, jnp.integer)
             arrays["rows"] = rows if in_int8 else rows.astype(x.dtype)  # exact: 8 bits
@@ -77,9 +77,12 @@ class Operands:
         }
 
     def cost(self, dtype) -> pl.CostEstimate:
-        """What the compiler may assume of a product with all of the weight."""
+        """What the compiler may assume: a row visits one matrix, so no more of them are read than there are rows."""
         rows, columns = self.shape
-        bits = sum(array.size * jax.dtypes.itemsize_bits(array.dtype) for array in self.arrays.values())
+        bits = 0
+        for array in self.arrays.values():
+            unread = max(0, array.shape[0] - rows) if array.ndim == 3 else 0
+            bits += array.size // array.shape[0] * (array.shape[0] - unread) * jax.dtypes.itemsize_bits(array.dtype)
         return pl.CostEstimate(
             flops=2 * rows * columns * self.arrays["rows"].shape[1],
             bytes_accessed=bits // 8 + rows * columns * jnp.dtype(dtype).itemsize,

@@ -15,20 +15,22 @@ from llama4_jax.core.quantized import QuantizedArray
 from llama4_jax.kernels.grouped_matmul import reference
 
 
-def matmul(x: jax.Array, weight: QuantizedArray) -> jax.Array:
-    """`x [m k] @ weight [k n..]` in x's dtype; see `api.matmul`."""
-    rows = rounded(x.astype(jnp.float32), weight.activations)
+def matmul(x: jax.Array, weight: QuantizedArray, *, dtype=None, over: tuple[str, ...] = ()) -> jax.Array:
+    """`x [m k] @ weight [k n..]`; see `api.matmul`."""
+    rows = rounded(x.astype(jnp.float32), weight.activations, over)
     matrix = weight.astype(jnp.float32).dequantize()
     precise = jax.lax.Precision.HIGHEST  # matrix units would round float32 to bfloat16
-    return jnp.tensordot(rows, matrix, axes=1, precision=precise).astype(x.dtype)
+    return jnp.tensordot(rows, matrix, axes=1, precision=precise).astype(dtype or x.dtype)
 
 
-def grouped(x: jax.Array, weight: QuantizedArray, group_sizes: jax.Array) -> jax.Array:
-    """Each row of x [m k] times its group's matrix of weight [e k n..], in x's dtype; see `api.grouped`."""
-    rows = rounded(x.astype(jnp.float32), weight.activations)
+def grouped(
+    x: jax.Array, weight: QuantizedArray, group_sizes: jax.Array, *, dtype=None, over: tuple[str, ...] = ()
+) -> jax.Array:
+    """Each row of x [m k] times its group's matrix of weight [e k n..]; see `api.grouped`."""
+    rows = rounded(x.astype(jnp.float32), weight.activations, over)
     with jax.default_matmul_precision("highest"):
         out = reference.grouped_matmul(rows, weight.astype(jnp.float32).dequantize(), group_sizes)
-    return out.astype(x.dtype)
+    return out.astype(dtype or x.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))

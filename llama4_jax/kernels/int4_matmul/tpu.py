@@ -37,23 +37,32 @@ class Kernel:
     semantics: tuple[str, str]
 
 
-def matmul(x: jax.Array, weight: QuantizedArray, *, columns: int | None = None) -> jax.Array:
+def matmul(x: jax.Array, weight: QuantizedArray, *, dtype=None, over=(), columns: int | None = None) -> jax.Array:
     """`x [m k] @ weight [k n..]`; see `api.matmul`. columns: of a block, instead of the table's.
 
     Raises NotImplementedError for what `operands.refusal` names.
     """
-    operands = Operands.make(x, weight, leading=0, int8=blocks.has_int8())
+    operands = Operands.make(x, weight, leading=0, int8=blocks.has_int8(), over=over)
     block = blocks.choose(operands, columns)
     kernel = Kernel(rows=block.rows, columns=block.columns, semantics=("parallel", "parallel"))
-    return multiply(kernel, operands, x.dtype).reshape(-1, *weight.shape[1:])
+    return multiply(kernel, operands, dtype or x.dtype).reshape(-1, *weight.shape[1:])
 
 
-def grouped(x: jax.Array, weight: QuantizedArray, group_sizes: jax.Array, *, columns: int | None = None) -> jax.Array:
+def grouped(
+    x: jax.Array, weight: QuantizedArray, group_sizes: jax.Array, *, dtype=None, over=(), columns: int | None = None
+) -> jax.Array:
     """Each row of x [m k] times its group's matrix of weight [e k n..]; see `api.grouped` and `matmul`."""
-    operands = Operands.make(x, weight, leading=1, int8=blocks.has_int8())
+    weight = dataclasses.replace(weight, values=_in_hbm(weight.values))
+    operands = Operands.make(x, weight, leading=1, int8=blocks.has_int8(), over=over)
     block = blocks.choose(operands, columns)
     kernel = Kernel(rows=block.rows, columns=block.columns, semantics=("parallel", "arbitrary"))
-    return multiply_grouped(kernel, operands, group_sizes, x.dtype).reshape(-1, *weight.shape[2:])
+    return multiply_grouped(kernel, operands, group_sizes, dtype or x.dtype).reshape(-1, *weight.shape[2:])
+
+
+@partial(jax.jit, inline=True)  # cannot be called but in a traced function
+def _in_hbm(values: jax.Array) -> jax.Array:
+    """Left in the chip's large memory: the compiler would fetch all matrices ahead into the fast one, visited or not."""
+    return pltpu.with_memory_space_constraint(values, pltpu.HBM)
 
 
 def multiply(kernel: Kernel, operands: Operands, dtype) -> jax.Array:

@@ -28,12 +28,12 @@ ROWS, COLUMNS, DEPTH = 64, 64, 128  # of a block, at most; columns in each half
 SMALLEST = 16  # side of a matrix that tensor cores multiply
 
 
-def matmul(x: jax.Array, weight: QuantizedArray, *, interpret: bool = False) -> jax.Array:
+def matmul(x: jax.Array, weight: QuantizedArray, *, dtype=None, over=(), interpret: bool = False) -> jax.Array:
     """`x [m k] @ weight [k n..]`; see `api.matmul`. interpret: in Pallas' interpreter, where there is no GPU.
 
     Raises NotImplementedError for the limits above and those of `operands.refusal`.
     """
-    operands = Operands.make(x, weight, leading=0, int8=False)
+    operands = Operands.make(x, weight, leading=0, int8=False, over=over)
     arrays, group = operands.arrays, operands.group
     depth = math.gcd(group, DEPTH)
     if depth < SMALLEST:
@@ -47,12 +47,12 @@ def matmul(x: jax.Array, weight: QuantizedArray, *, interpret: bool = False) -> 
     product = _multiply(filled, halves, group, depth, block, interpret)  # [halves m columns]
     product = jnp.moveaxis(product, 0, 2).reshape(len(filled), -1)[:rows, :outputs]
     product = product * arrays["row_scales"] if "row_scales" in arrays else product
-    return product.astype(x.dtype).reshape(-1, *weight.shape[1:])
+    return product.astype(dtype or x.dtype).reshape(-1, *weight.shape[1:])
 
 
-def grouped(x: jax.Array, weight: QuantizedArray, group_sizes: jax.Array) -> jax.Array:
+def grouped(x: jax.Array, weight: QuantizedArray, group_sizes: jax.Array, *, dtype=None, over=()) -> jax.Array:
     """Not there: raises NotImplementedError."""
-    del x, group_sizes
+    del x, group_sizes, dtype, over
     raise NotImplementedError(f"Triton's kernel does not do {weight.shape[0]} matrices; use 'xla'")
 
 

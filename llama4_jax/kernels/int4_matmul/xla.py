@@ -15,13 +15,16 @@ from llama4_jax.kernels.grouped_matmul import grouped_matmul
 from llama4_jax.kernels.int4_matmul.reference import rounded
 
 
-def matmul(x: jax.Array, weight: QuantizedArray) -> jax.Array:
+def matmul(x: jax.Array, weight: QuantizedArray, *, dtype=None, over: tuple[str, ...] = ()) -> jax.Array:
     """`x [m k] @ weight [k n..]` with sums in float32; see `api.matmul`."""
     matrix = weight.astype(x.dtype).dequantize()
-    rows = rounded(x, weight.activations)
-    return jnp.tensordot(rows, matrix, axes=1, preferred_element_type=jnp.float32).astype(x.dtype)
+    rows = rounded(x, weight.activations, over)
+    return jnp.tensordot(rows, matrix, axes=1, preferred_element_type=jnp.float32).astype(dtype or x.dtype)
 
 
-def grouped(x: jax.Array, weight: QuantizedArray, group_sizes: jax.Array) -> jax.Array:
+def grouped(
+    x: jax.Array, weight: QuantizedArray, group_sizes: jax.Array, *, dtype=None, over: tuple[str, ...] = ()
+) -> jax.Array:
     """Each row of x [m k] times its group's matrix of weight [e k n..]; see `api.grouped`."""
-    return grouped_matmul(rounded(x, weight.activations), weight.astype(x.dtype).dequantize(), group_sizes)
+    rows = rounded(x, weight.activations, over)
+    return grouped_matmul(rows, weight.astype(x.dtype).dequantize(), group_sizes).astype(dtype or x.dtype)

@@ -32,6 +32,16 @@ def test_products_keep_to_the_budget_in_both_dtypes(implementation, name):
         low_bit.check(product(*arrays, implementation=implementation), *arrays)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_rows_of_bfloat16_may_give_float32_and_get_gradients_of_bfloat16(implementation):
+    x, weight = workloads.SMALL["rounded rows"].arrays(0, jnp.bfloat16)
+    call = lambda x: int4_matmul.matmul(x, weight, dtype=jnp.float32, implementation=implementation)  # noqa: E731
+    out, pull = jax.vjp(call, x)
+    assert out.dtype == jnp.float32 and np.any(out != out.astype(jnp.bfloat16).astype(jnp.float32))
+    low_bit.check(out.astype(jnp.bfloat16), x, weight)
+    assert pull(out)[0].dtype == jnp.bfloat16
+
+
 def test_float8_weights_and_rows_are_multiplied():
     arrays = dataclasses.replace(workloads.SMALL["a scale an output"], spec=FLOAT8).arrays(0)
     low_bit.check(product(*arrays), *arrays)

@@ -40,6 +40,12 @@ def test_a_product_equals_the_reference_without_races(races, name):
     assert races() == 0
 
 
+def test_rows_of_bfloat16_give_float32_as_exact_as_rows_of_float32(races):
+    x, weight = workloads.SMALL["odd groups, ragged outputs"].arrays(0, jnp.bfloat16)
+    low_bit.check(tpu.matmul(x, weight, dtype=jnp.float32, columns=256), x.astype(jnp.float32), weight)
+    assert races() == 0
+
+
 @pytest.mark.parametrize("name", GROUPED)
 def test_groups_that_share_blocks_of_rows_equal_the_reference_without_races(races, name):
     x, weight, sizes = workloads.SMALL_GROUPED[name].arrays(0, GROUPED[name])
