@@ -1,8 +1,8 @@
 // Products of a few rows with large matrices of floats, as decoding on a CPU needs them: `out = rows [m k] matrix^T [k n]`.
 //
 // Such a product takes as long as reading the matrix takes, if all else keeps up: every vector of the matrix is read once
-// and multiplied with all rows (up to eight at a time), several matrix rows share each read of `rows`, and the cores take
-// turns at pieces of the matrix (`work.h`). A matrix is [n k], so that it is read from first to last.
+// and multiplied with all rows (up to eight at a time), and the cores take turns at pieces of the matrix (`work.h`). A matrix
+// is [n k], so that it is read from first to last.
 //
 // Compiled for the machine at hand by `native.py`. Interface: XLA's foreign functions, docs.jax.dev/en/latest/ffi.html.
 
@@ -27,57 +27,39 @@ inline float single(uint16_t weight) {
   return value;
 }
 
-// M rows times N rows of the matrix.
-template <int M, int N, typename T>
-inline void tile(const float* rows, const T* matrix, float* out, int64_t k, int64_t n) {
-  constexpr int kChains = M == 1 ? 4 : M == 2 ? 2 : 1;  // sums by turns, so that an addition need not wait for the last
+// M rows times one row of the matrix. Rows of the matrix one by one are one stretch of memory, which a CPU reads ahead in.
+template <int M, typename T>
+inline void dots(const float* rows, const T* weights, float* out, int64_t k, int64_t n) {
+  constexpr int kChains = (8 + M - 1) / M;  // sums by turns, so that an addition need not wait for the last
   constexpr int C = power_of_two(M) < kLanes ? power_of_two(M) : kLanes;
-  Floats sum[kChains][N][M] = {};
+  Floats sum[kChains][M] = {};
   auto multiply = [&](int64_t at, int chain) {
-    Floats weights[N];
-    UNROLL for (int j = 0; j < N; ++j) {
-      weights[j] = wide(matrix + j * k + at);
-      // N rows are one stretch of memory: asked for from first to last, into the second level, where more may be under way.
-      __builtin_prefetch(reinterpret_cast<const char*>(matrix + N * at + j * kLanes) + kFar, 0, 2);
-    }
-    UNROLL for (int i = 0; i < M; ++i) {
-      Floats row = wide(rows + i * k + at);
-      asm("" : REGISTER(row));  // held for all N products: the compiler would read it again for each
-      UNROLL for (int j = 0; j < N; ++j) sum[chain][j][i] += row * weights[j];
-    }
+    // Asked for into the second level, where more may be under way.
+    __builtin_prefetch(reinterpret_cast<const char*>(weights + at) + kFar, 0, 2);
+    Floats column = wide(weights + at);
+    UNROLL for (int i = 0; i < M; ++i) sum[chain][i] += wide(rows + i * k + at) * column;
   };
   int64_t at = 0;
   for (; at + kChains * kLanes <= k; at += kChains * kLanes)
     UNROLL for (int chain = 0; chain < kChains; ++chain) multiply(at + chain * kLanes, chain);
   for (; at + kLanes <= k; at += kLanes) multiply(at, 0);
-  UNROLL for (int j = 0; j < N; ++j) {
-    Floats totals[M];
-    UNROLL for (int i = 0; i < M; ++i) {
-      totals[i] = sum[0][j][i];
-      UNROLL for (int chain = 1; chain < kChains; ++chain) totals[i] += sum[chain][j][i];
-    }
-    UNROLL for (int first = 0; first < M; first += C) {
-      Floats group[C] = {};
-      UNROLL for (int i = first; i < std::min(M, first + C); ++i) group[i - first] = totals[i];
-      Floats total = sums<kLanes, C>(group);
-      UNROLL for (int i = first; i < std::min(M, first + C); ++i) {
-        float rest = 0;
-        for (int64_t q = at; q < k; ++q) rest += rows[i * k + q] * single(matrix[j * k + q]);
-        out[i * n + j] = total[i - first] + rest;
-      }
+  UNROLL for (int first = 0; first < M; first += C) {
+    Floats group[C] = {};
+    UNROLL for (int i = first; i < std::min(M, first + C); ++i)
+      UNROLL for (int chain = 0; chain < kChains; ++chain) group[i - first] += sum[chain][i];
+    Floats total = sums<kLanes, C>(group);
+    UNROLL for (int i = first; i < std::min(M, first + C); ++i) {
+      float rest = 0;
+      for (int64_t q = at; q < k; ++q) rest += rows[i * k + q] * single(weights[q]);
+      out[i * n] = total[i - first] + rest;
     }
   }
 }
 
-// Rows of the matrix that share reads of `rows`: as many as registers hold, or fewer where that is not what takes time.
-constexpr int shared(int m) { return m <= 2 ? m : std::max(1, std::min(4, (kRegisters - 4) / (m + 1))); }
-
 // M rows times rows begin..end of the matrix.
 template <int M, typename T>
 void strip(const float* rows, const T* matrix, float* out, int64_t k, int64_t n, int64_t begin, int64_t end) {
-  constexpr int N = shared(M);
-  for (; begin + N <= end; begin += N) tile<M, N>(rows, matrix + begin * k, out + begin, k, n);
-  for (; begin < end; ++begin) tile<M, 1>(rows, matrix + begin * k, out + begin, k, n);
+  for (; begin < end; ++begin) dots<M>(rows, matrix + begin * k, out + begin, k, n);
 }
 
 // The same for any number of rows, as a loop over M at compile time.
