@@ -13,6 +13,7 @@ from llama4_jax.config.train import OptimizerConfig, QatConfig, TrainConfig
 from llama4_jax.core import names, partitioning
 from llama4_jax.model import initialise
 from llama4_jax.quant import fake
+from llama4_jax.testing import budget
 from llama4_jax.train import losses, optim, qat, step
 from llama4_jax.train.state import create
 
@@ -20,10 +21,23 @@ pytestmark = pytest.mark.multidevice
 
 MESHES = [{"fsdp": 2, "expert": 2, "tensor": 2}]
 MORE = [{"fsdp": 8}, {"expert": 4, "tensor": 2}, {"data": 2, "tensor": 4}, {"slice": 2, "context": 2, "fsdp": 2}]
-# In a recipe that rounds rows, sums in another order may put a number of thousands on the other side of a step of 1/127.
-ROWS = QatConfig(recipe="w4a8", group=8)
+ROWS = QatConfig(recipe="w4a8", group=8, cache="int8")
 LEARNED = QatConfig(recipe="int4_all", group=8, ranges="learned")
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, epsilon=1e-2)
+
+
+# Of how a gradient errs by rounding rows. Where a number flips (`testing.flips`) all of its token that follows is rounded anew, to
+# noise that differs by sqrt(2) from what it was; a token in 600 did so when it was counted, and 3 in 100 may.
+FLIPPED = (2 * 0.03) ** 0.5
+
+
+class Unrounded(QatConfig):
+    """The same weights, but no row is rounded, nor keys and values."""
+
+    @property
+    def preset(self):
+        rules = tuple((name, dataclasses.replace(spec, activations=None)) for name, spec in super().preset.rules)
+        return dataclasses.replace(super().preset, rules=rules)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +113,10 @@ def test_a_step_with_rounding_does_not_depend_on_the_mesh(config, batch, alone, 
 def test_rows_are_rounded_on_a_mesh_as_on_one_device(config, batch, alone, sizes):
     _, moments, loss = on(sizes, config, batch, ROWS)
     _, wanted, wanted_loss = alone(ROWS)
-    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-4)
-    assert abs(wanted_loss - alone(dataclasses.replace(ROWS, recipe="int4_experts"))[2]) > 1e-3
+    _, unrounded, unrounded_loss = alone(Unrounded(recipe="w4a8", group=8))
+    noise = abs(wanted_loss - unrounded_loss)
+    assert 1e-5 < noise and abs(loss - wanted_loss) < budget.CONFIDENCE * FLIPPED * noise + 1e-6 * wanted_loss
+    size = lambda array: np.sqrt(np.mean(np.square(array)))  # noqa: E731
     for name, moment in moments.items():
-        np.testing.assert_allclose(moment, wanted[name], atol=1e-2 * np.abs(wanted[name]).max(), err_msg=name)
+        allowed = FLIPPED * size(wanted[name] - unrounded[name]) + 1e-6 * size(wanted[name])
+        assert size(moment - wanted[name]) < allowed, name

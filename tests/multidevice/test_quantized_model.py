@@ -13,11 +13,10 @@ from llama4_jax.config import Llama4Config, presets, quant
 from llama4_jax.config.lora import LoraConfig
 from llama4_jax.core import partitioning
 from llama4_jax.model import lora
-from llama4_jax.testing import adapters, few_bits, tiny
+from llama4_jax.testing import adapters, budget, few_bits, flips, tiny
 
 pytestmark = pytest.mark.multidevice
 
-TOLERANCE = 1e-5  # of values of about 1: fp32 sums of at most a few hundred terms in another order
 # Widths over `tensor`: a row's scale is that of all its parts.
 MESHES = [{"expert": 4, "tensor": 2}]
 MORE = [
@@ -62,19 +61,25 @@ def alone(adapted, tokens):
     return logits_and_gradients(adapted, tokens)
 
 
+@pytest.fixture(scope="module")
+def unrounded(adapted, tokens):
+    return np.asarray(jax.jit(lambda model: model(tokens).logits)(flips.unrounded(adapted)))
+
+
 @pytest.mark.parametrize("sizes", MESHES + [pytest.param(sizes, marks=pytest.mark.thorough) for sizes in MORE], ids=str)
-def test_logits_and_gradients_of_adapters_do_not_depend_on_the_mesh(adapted, tokens, alone, sizes):
+def test_logits_and_gradients_of_adapters_do_not_depend_on_the_mesh(adapted, tokens, alone, unrounded, sizes):
     mesh = partitioning.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     placed = jax.device_put(adapted, partitioning.shardings(adapted, partitioning.TRAIN, mesh))
     rows = jax.device_put(tokens, partitioning.batch_sharding(tokens.shape, partitioning.TRAIN, mesh))
     with jax.set_mesh(mesh):
         logits, gradients = logits_and_gradients(placed, rows)
-    # Parts of a sum in another order may put a number on the other side of a rounding of rows: one step of 1/127 of a row.
-    difference = np.abs(logits - alone[0])
-    assert np.mean(difference) < TOLERANCE * 10 and difference.max() < 0.02
+    where = flips.flipped(logits, alone[0], unrounded)
+    # Of a token with a flip the loss, and what it adds to a gradient, is off by as much of itself as its logits may be.
+    noise = np.sqrt(np.mean(np.square(alone[0] - unrounded)) / np.mean(np.square(alone[0])))
+    allowed = budget.CONFIDENCE * noise * (np.mean(where) + flips.UNFLIPPED)
     for name, gradient in gradients.items():
         scale = np.abs(alone[1][name]).max() + 1e-6
-        assert np.mean(np.abs(gradient - alone[1][name])) / scale < 1e-3, name
+        assert np.mean(np.abs(gradient - alone[1][name])) / scale < allowed, name
 
 
 @pytest.mark.thorough  # test_low_bit_serving.py decodes a smaller model
