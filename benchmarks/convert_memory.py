@@ -1,12 +1,13 @@
 """Memory and speed of converting checkpoints: a random one of Scout's widths, in every direction, against a plain copy.
 
-    python -m benchmarks.convert_memory --folder DIR [--layers 1] [--vision_layers 2] [--few_bits] [--json PATH]
+    python -m benchmarks.convert_memory --folder DIR [--layers 1] [--vision_layers 2] [--set text.vocab_size=32768]
+                                        [--few_bits] [--json PATH]
 
 The checkpoint (8.6 GB in bfloat16 with one decoder layer) and all that is made of it lie in a new folder inside
 --folder, which needs four times its size free, and are deleted at the end. Each direction is `experiments.convert` in a
 process of its own, from the start of Python to the checked target; its peak is the kernel's count of resident memory.
 A plain copy reads and writes the same files in the same run. Where a direction leads back to the first layout, the
-files are compared byte by byte. Target: the peak is below the largest tensor and LIMIT; `others` says how busy other
+files are compared byte by byte. --set makes it smaller: fewer tokens and experts leave less to do. Target: the peak is below the largest tensor and LIMIT; `others` says how busy other
 programs kept the machine, which memory does not care about and seconds do. --few_bits measures rounding alone.
 """
 
@@ -42,7 +43,7 @@ STEPS = (
 )
 
 
-def make(folder: pathlib.Path, layers: int, vision_layers: int, seed: int) -> None:
+def make(folder: pathlib.Path, layers: int, vision_layers: int, seed: int, changes: Sequence[str] = ()) -> None:
     """Writes a Hugging Face checkpoint of Scout's widths with random bits."""
     import dataclasses
     import zlib
@@ -50,13 +51,14 @@ def make(folder: pathlib.Path, layers: int, vision_layers: int, seed: int) -> No
     import jax.numpy as jnp
     import numpy as np
 
+    from llama4_jax import config as configs
     from llama4_jax.checkpoint import hf, leaves, targets
     from llama4_jax.config import presets
 
     scout = presets.scout()
     text = dataclasses.replace(scout.text, num_layers=layers)
     vision = dataclasses.replace(scout.vision, num_layers=vision_layers)
-    scout = dataclasses.replace(scout, text=text, vision=vision)
+    scout = configs.apply(dataclasses.replace(scout, text=text, vision=vision), changes)
 
     class Random:
         config, held = scout, {}
@@ -181,6 +183,7 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="where to make and delete the checkpoints")
     parser.add_argument("--layers", type=int, default=1, help="decoder layers")
     parser.add_argument("--vision_layers", type=int, default=2, help="layers of the vision tower")
+    parser.add_argument("--set", action="append", default=[], help="model override, as text.moe.num_experts=4")
     parser.add_argument("--seed", type=int, default=0, help="of the random bits")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures here too")
     parser.add_argument("--few_bits", action="store_true", help="only the directions that round to few bits")
@@ -193,7 +196,7 @@ def main() -> None:
         code = (
             f"from benchmarks import convert_memory as c; import pathlib; c.make(pathlib.Path({str(folder / 'hf')!r}), "
         )
-        code += f"{arguments.layers}, {arguments.vision_layers}, {arguments.seed})"
+        code += f"{arguments.layers}, {arguments.vision_layers}, {arguments.seed}, {arguments.set})"
         made = json.loads(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout)
         records = measure(folder, made["bytes"], steps)
     print(f"{made['bytes'] / 1e9:.2f} GB, largest tensor {made['largest'] / 1e9:.2f} GB")
