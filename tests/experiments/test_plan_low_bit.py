@@ -7,7 +7,7 @@ import pytest
 from llama4_jax import config as configs
 from llama4_jax.config import presets, quant
 from llama4_jax.model import accounting
-from llama4_jax.plan import memory, weights
+from llama4_jax.plan import memory, topology, weights
 from llama4_jax.plan.memory import GIB, Storage
 
 # Heads of the chip's width; most of the bytes are experts, of which a copy in bfloat16 would show.
@@ -16,14 +16,16 @@ CHANGES = (
     *("text.attention.num_heads=4", "text.attention.num_kv_heads=2", "text.attention.head_dim=128"),
 )
 ROWS, SLOTS = 4, 65_536
+CHIP = "v5e:2x2"
 
 
 def test_a_decoding_step_in_int4_holds_what_the_recipe_and_the_closed_form_say(script, tmp_path):
     path, changes = tmp_path / "plan.json", [part for value in CHANGES for part in ("--set", value)]
-    flags = ("--model=bench_151m", "--mode=decode", "--topology=v5e:2x2", "--mesh=data=2,tensor=2", f"--batch={ROWS}")
+    flags = ("--model=bench_151m", "--mode=decode", f"--topology={CHIP}", "--mesh=data=2,tensor=2", f"--batch={ROWS}")
     kept = ("--quant=int4_all", "--cache=int8", f"--length={SLOTS}")
     script("plan", *flags, *kept, *changes, f"--answers={tmp_path}", f"--json={path}")
-    found = json.loads(path.read_text())["memory_gib"]
+    results = json.loads(path.read_text())
+    found = results["memory_gib"]
     config, recipe = configs.apply(presets.bench_151m(), CHANGES), quant.int4_all()
 
     # Half of every matrix on a device; routers, norms, and scales of a whole axis are on both.
@@ -39,3 +41,7 @@ def test_a_decoding_step_in_int4_holds_what_the_recipe_and_the_closed_form_say(s
     assert held == pytest.approx(need.weights / 2 + (need.cache + need.activations) / 4, rel=0.1)
     # So neither the cache nor all weights are there once more in bfloat16.
     assert found["temporaries"] * GIB < accounting.parameters(config).routed_experts / 2
+
+    # Weights are read as they lie, and of the cache only a slot is written: no other order of either, nor all of a cache again.
+    read = results["closed_form"]["seconds_hbm"] * topology.device(CHIP).hbm
+    assert read < results["work_of_a_device"]["hbm_tb"] * 1e12 < 1.1 * read
