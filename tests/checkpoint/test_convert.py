@@ -78,7 +78,7 @@ def bits(folder: pathlib.Path) -> dict[str, bytes]:
     return {name: np.asarray(array).tobytes() for name, array in names.split(native.load_native(folder))[1].items()}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.thorough), "bfloat16"])
 @pytest.mark.parametrize("read", KINDS)
 def test_every_layout_becomes_every_other_bit_for_bit_and_in_small_pieces(read, dtype, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(leaves, "PIECE_BYTES", 300)  # most tensors in several pieces, some rows above it

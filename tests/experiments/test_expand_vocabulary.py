@@ -46,6 +46,7 @@ def test_numbers_are_of_fewer_tokens_and_of_all_three_starts(expanded):
     assert found["heldout_bytes"] > 12 * 200
 
 
+@pytest.mark.thorough
 def test_a_hugging_face_folder_comes_back_as_one(toy_run, script, tmp_path):
     source, folder = tmp_path / "hf", tmp_path / "grown"
     checkpoint.save_hf(speaking.load(toy_run.folder, "float32"), source)

@@ -42,6 +42,7 @@ def test_a_decoding_step_writes_its_cache_in_place(script, tmp_path):
 LARGE = ("text.num_layers=2", "text.embed_dim=128", "text.moe.num_experts=64", "text.moe.expert_dim=524288")
 
 
+@pytest.mark.thorough
 def test_what_does_not_fit_is_told_a_change_that_was_compiled_and_does(script, tmp_path):
     large = [part for value in LARGE for part in ("--set", value)]
     arguments = ("--mode=decode", "--mesh=data=4", "--length=256", "--search", "--search_limit=1", *large)

@@ -96,10 +96,13 @@ def check(found, wanted):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5, err_msg=name)
 
 
+FIRST = [(MESHES[0], "uneven"), (MESHES[0], "one expert"), (MESHES[1], "two of eight")]
+MORE = [(mesh, name) for mesh in MESHES for name in CHOICES if (mesh, name) not in FIRST]
+
+
 @pytest.mark.parametrize(
-    "sizes", [*MESHES[:2], *(pytest.param(m, marks=pytest.mark.thorough) for m in MESHES[2:])], ids=str
+    ("sizes", "name"), FIRST + [pytest.param(*case, marks=pytest.mark.thorough) for case in MORE], ids=str
 )
-@pytest.mark.parametrize("name", CHOICES)
 def test_a_mixture_on_a_mesh_equals_that_of_one_device(sizes, name):
     mesh = partitioning.make_mesh(sizes).abstract_mesh
     with jax.set_mesh(partitioning.make_mesh(sizes)):
