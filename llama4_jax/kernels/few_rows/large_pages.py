@@ -35,8 +35,7 @@ def _collapse(address: int, size: int) -> int:
     if first >= end:
         return 0
     madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    if madvise(first, end - first, _COLLAPSE) == 0:
+    if madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _COLLAPSE) == 0:
         return end - first
     _logger.debug("no large pages for %d bytes: error %d", end - first, ctypes.get_errno())
     return 0
