@@ -130,7 +130,8 @@ def text(found: dict[str, Any] | None, closed: estimate.Estimate) -> str:
         return f"not compiled {formula}"
     if "peak_gib" not in found:
         return f"{found['over_gib']:.1f} GiB too much {formula}"
-    return f"{found['peak_gib']:.1f} / {found['seconds_step']:.1f} {formula}"
+    bound = "at most " if found.get("on_host_gib") else ""  # see `plan.compiler`
+    return f"{bound}{found['peak_gib']:.1f} / {found['seconds_step']:.1f} {formula}"
 
 
 def draw(path: pathlib.Path, table: dict[str, Any], expected: dict[Cell, estimate.Estimate]) -> None:
@@ -150,7 +151,8 @@ def draw(path: pathlib.Path, table: dict[str, Any], expected: dict[Cell, estimat
             for cell, found in compiled:
                 peak = found.get("peak_gib", limit + found["over_gib"])
                 mark = {"color": colour, "ms": 6, "mew": 2}
-                memory.plot(cell.length + ASIDE[pod], peak, "o" if found["fits"] else "x", **mark)
+                known = "v" if found.get("on_host_gib") else "o"
+                memory.plot(cell.length + ASIDE[pod], peak, known if found["fits"] else "x", **mark)
                 if "seconds_step" in found:
                     seconds.plot(cell.length + ASIDE[pod], found["seconds_step"], "o" if found["fits"] else "x", **mark)
         for limit, name in ((95, "a v5p has"), (32, "a v6e has")):
@@ -166,7 +168,10 @@ def polish(figure, panels, path: pathlib.Path) -> None:
     panels[0, 0].set_ylabel("GiB a chip")
     panels[1, 0].set_ylabel("seconds of a step, estimated")
     panels[1, 0].legend(
-        fontsize=8, title="lines: closed form\ndots: compiled (x: does not fit)", title_fontsize=8, loc="upper left"
+        fontsize=8,
+        title="lines: closed form\ndots: compiled\n(v: at most, x: does not fit)",
+        title_fontsize=8,
+        loc="upper left",
     )
     for panel in panels.flat:
         panel.grid(alpha=0.3)

@@ -117,7 +117,8 @@ class Job:
         estimates = report.estimates(device, counts, attention, model, self.tokens, to_host)
         # The compiler's own estimate counts loop bodies once, and is negative where it knows none.
         stated = {"compiler_seconds_loop_bodies_once": answer.schedule_seconds} if answer.schedule_seconds > 0 else {}
-        over = sizes["peak"] - device.memory
+        # The compiler refuses what does not fit; where the host keeps something, `peak` is a bound that says no more.
+        over = 0.0 if answer.on_host else sizes["peak"] - device.memory
         if self.mode == "conversion":
             found |= {"read_by_a_host_gib": conversion.read_by_host(step.arguments["checkpoint"]) / report.GIB}
         else:
