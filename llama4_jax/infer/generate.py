@@ -17,8 +17,7 @@ from flax import struct
 
 from llama4_jax.core import names, partitioning
 from llama4_jax.core.quantized import QuantizedArray
-from llama4_jax.infer import matrices
-from llama4_jax.infer.options import DECODING
+from llama4_jax.infer import matrices, options
 from llama4_jax.infer.sampling import GREEDY, Sampler
 from llama4_jax.kernels import few_rows
 from llama4_jax.model import Cache, Llama4, fusion, lora
@@ -160,8 +159,7 @@ def _decode(model: Llama4, state: State, steps: int, stop: tuple[int, ...], samp
 
 @functools.cache
 def _loop(platform: str):
-    told = {"static_argnums": (3, 4), "donate_argnums": 1, "compiler_options": DECODING.get(platform)}
-    return jax.jit(_run, **told)
+    return jax.jit(_run, static_argnums=(3, 4), donate_argnums=1, compiler_options=options.known(platform))
 
 
 def _run(model: Llama4, state: State, steps: int, stop: tuple[int, ...], sampler: Sampler) -> State:
