@@ -54,7 +54,7 @@ def bits(model) -> dict[str, tuple]:
     return {name: (leaf.shape, str(leaf.dtype), np.asarray(leaf).tobytes()) for name, leaf in params.items()}
 
 
-@pytest.mark.parametrize("num_layers", [4, 2])
+@pytest.mark.parametrize("num_layers", [4, pytest.param(2, marks=pytest.mark.thorough)])
 def test_new_adapters_change_no_bit_of_the_logits(num_layers, tokens):
     plain = tiny.model(mixed_config(num_layers))
     attached = lora.attach(plain, CONFIG)

@@ -51,7 +51,9 @@ def over(devices, queries, keys):
     return ring.over_mesh(mesh, PartitionSpec(None, "context", None, None), blocking=blocking, implementation="remote")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.thorough if "panels, heads" in case else ()) for case in CASES]
+)
 def test_a_remote_ring_equals_the_reference_without_races(races, case):
     name, changes, devices, zigzag, sizes = CASES[case]
     spread_attention.check(over(devices, *sizes), *inputs(name, changes, devices, zigzag))
