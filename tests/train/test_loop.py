@@ -58,12 +58,14 @@ def test_a_run_killed_three_times_at_random_steps_ends_with_the_same_bits(tmp_pa
     finish(start(tmp_path / "whole"))
     strikes = sorted(random.Random(os.urandom(4)).sample(range(2, 24), 3))
     for strike in strikes:
-        process = start(tmp_path / "killed", "--pace", "0.02")
+        process = start(tmp_path / "killed", "--pace", "0.05")
         wait_for_step(process, strike)
         process.send_signal(signal.SIGKILL)
         process.communicate()
+    # Saving goes on beside the steps: how soon after its step a checkpoint is whole is up to the machine.
+    saved = [path.name for path in (tmp_path / "killed" / "checkpoints").glob("*") if path.name.isdigit()]
     errors = finish(start(tmp_path / "killed"))
-    assert "resuming" in errors or strikes[-1] < 6, (strikes, errors)
+    assert ("resuming" in errors) == bool(saved), (strikes, saved, errors)
 
     whole, killed = (load_params(tmp_path / name / "checkpoints") for name in ("whole", "killed"))
     assert bigram.equal(whole[0], killed[0]), strikes
