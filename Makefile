@@ -34,6 +34,8 @@ help:
 demo: venv
 	$(RUN) -m experiments.pretrain_nano $(FLAGS)
 
+# Nearly all programs here are small and run once: LLVM's optimisations would take longer than they save.
+test: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 test: venv
 	$(RUN) -m pytest $(WORKERS) $(FLAGS)
 
