@@ -16,6 +16,7 @@ from llama4_jax.testing import low_bit
 # The interpreter takes a second or more a case: one for each way through the kernels.
 PLAIN = {
     "odd groups, ragged outputs": jnp.bfloat16,
+    "a scale an output": jnp.float32,  # more inputs than are multiplied at a time
     "rounded rows, offsets": jnp.float32,  # whose budget is far below what rounding to int8 changes
     "rounded rows, small groups": jnp.float32,
 }

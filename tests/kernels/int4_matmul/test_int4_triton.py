@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from llama4_jax.config.quant import QuantSpec
+from llama4_jax.core import quantized
 from llama4_jax.kernels.int4_matmul import triton, workloads
 from llama4_jax.testing import low_bit
 
 
-@pytest.mark.parametrize("name", ["odd groups, ragged outputs", "rounded rows, small groups", "int8"])
+@pytest.mark.parametrize("name", ["odd groups, ragged outputs", "rounded rows, small groups", "large groups", "int8"])
 def test_a_product_equals_the_reference(name):
     for dtype in (jnp.float32, jnp.bfloat16):
         x, weight = workloads.SMALL[name].arrays(0, dtype)
@@ -24,6 +26,10 @@ def test_a_product_of_scout_is_lowered_to_one_triton_kernel():
     assert program.count("custom_call @__gpu$xla.gpu.triton") == 1
 
 
-def test_experts_are_refused():
+def test_experts_and_groups_too_small_for_tensor_cores_are_refused():
     with pytest.raises(NotImplementedError, match="3 matrices; use 'xla'"):
         triton.grouped(*workloads.SMALL_GROUPED["uneven"].arrays(0))
+    x = jnp.zeros((4, 24))
+    weight = quantized.quantize(jnp.ones((24, 8)), QuantSpec(group=8), (0,))
+    with pytest.raises(NotImplementedError, match="groups of 8 inputs, only multiples of 16"):
+        triton.matmul(x, weight)
