@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from PIL import Image
@@ -49,12 +50,14 @@ def test_the_report_shows_curves_load_and_pictures(toy_run, results):
     assert f"{results['questions']} new renderings of 6 emoji" in page
 
 
-def test_the_same_command_finds_the_run_finished_and_trains_no_more(toy_run, results, script):
-    (toy_run.folder / "report.html").unlink()
-    logged = (toy_run.folder / "metrics.jsonl").read_text()
-    again = script("pretrain_nano", *toy_run.arguments)
-    assert f"resuming {toy_run.folder} at step 4" in again.stdout + again.stderr
-    assert (toy_run.folder / "metrics.jsonl").read_text() == logged
-    assert (toy_run.folder / "report.html").exists()
-    repeated = json.loads((toy_run.folder / "results.json").read_text())
+def test_the_same_command_finds_the_run_finished_and_trains_no_more(toy_run, results, script, tmp_path):
+    folder = shutil.copytree(toy_run.folder, tmp_path / "copied")  # other workers read the one that all share
+    (folder / "report.html").unlink()
+    logged = (folder / "metrics.jsonl").read_text()
+    moved = [part.replace(str(toy_run.folder), str(folder)) for part in toy_run.arguments]
+    again = script("pretrain_nano", *moved)
+    assert f"resuming {folder} at step 4" in again.stdout + again.stderr
+    assert (folder / "metrics.jsonl").read_text() == logged
+    assert (folder / "report.html").exists()
+    repeated = json.loads((folder / "results.json").read_text())
     assert repeated | {"minutes": 0} == results | {"minutes": 0}
