@@ -72,7 +72,7 @@ def test_tiles_reach_the_tokens_of_their_own_row(model):
     for tile, row in ((0, 0), (1, 1)):
         moved = np.abs(run(model, tokens, images.at[tile].multiply(-1.0)) - logits).max(axis=(1, 2))
         assert moved[row] > 1e-2
-        assert moved[1 - row] == 0
+        assert moved[1 - row] < 1e-5  # experts may find its tokens among others', and round sums in another order
     np.testing.assert_array_equal(run(model, tokens, images.at[2].multiply(-1.0)), logits)
 
 
