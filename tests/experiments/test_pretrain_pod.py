@@ -72,6 +72,7 @@ def whole(root, arguments, tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough  # as tests of the loop and of the launcher show
 def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(root, script, arguments, whole, tmp_path):
     words = [*arguments, "--mesh=fsdp=1", f"--output={tmp_path}"]
     with subprocess.Popen(command("pretrain_scout", *words), cwd=root, stderr=subprocess.DEVNULL) as process:

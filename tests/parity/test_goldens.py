@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOLERANCE = 2e-4
 # `generate` compiles two more programs for a model, which takes as long as all else here. These models decode in the test
 # above it, and differ from those that it does run on in ways that prefill and single steps cover.
-DECODED_HERE_ONLY = ("bias", "maverick", "tied", "top2")
+DECODED_HERE_ONLY = ("bias", "maverick", "scout", "text_moe", "tied", "top2")
 NAME = operator.attrgetter("name")
 
 
