@@ -15,9 +15,10 @@ from llama4_jax.plan import count, hlo, programs
 
 pytestmark = pytest.mark.multidevice
 
-# Bytes that a device sends in a step of 8 rows of 128 tokens through two periods of two layers. On a CPU the exchange of tokens is an all-gather over
-# `expert`, for want of a ragged one; that over `fsdp` is of weights; what is over `tensor` and `context` is of activations.
-# Sums of metrics and the like, under 10 kB, are left out. When a line changes, know why before changing it here.
+# Bytes that a device sends in a step of 8 rows of 128 tokens through two periods of two layers. On a CPU the exchange of
+# tokens is an all-gather over `expert`, for want of a ragged one; that over `fsdp` is of weights; what is over `tensor` and
+# `context` is of activations. Sums of metrics and the like, under 10 kB, are left out. When a line changes, know why
+# before changing it here.
 SENT = {
     "fsdp=8": {
         "all-gather fsdp": 378336,
