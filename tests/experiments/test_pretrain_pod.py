@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import signal
@@ -36,8 +35,6 @@ FEW = (
     "optimizer.learning_rate=1e-2",
 )
 STEPS = 8
-# Processes do not share compiled programs on CPU: they are told not to try hard.
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +91,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(root, script, arg
 def test_two_processes_train_as_one_does_each_with_its_own_rows(root, arguments, whole, tmp_path):
     words = [*arguments, "--mesh=fsdp=2", f"--output={tmp_path}"]
     line = [sys.executable, "-m", "launch.local", "--processes=2", "--", *command("pretrain_maverick", *words)]
-    ran = subprocess.run(line, cwd=root, env=os.environ | QUICK, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(line, cwd=root, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-4000:]
     for index in range(2):
         assert re.search(rf"\[{index}\] .*process {index} makes 2 of 4 rows", ran.stderr)

@@ -18,8 +18,6 @@ from llama4_jax.train import metrics
 PROGRAM = pathlib.Path(__file__).with_name("spread_run.py")
 PATH = {"PYTHONPATH": os.pathsep.join([str(PROGRAM.parents[2]), str(PROGRAM.parents[1] / "train")])}
 RUN = ("--steps", "10")  # saved after steps 3, 6, 9 and 10
-# Processes do not share compiled programs on CPU: they are told not to try hard.
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
 
 
 def launch(root, processes: int, *command: str, options=(), **environment) -> subprocess.CompletedProcess:
@@ -127,7 +125,7 @@ def test_an_error_in_one_process_ends_all_and_is_seen(root, tmp_path):
 def test_a_model_with_pictures_and_experts_has_the_losses_of_one_device(root, tmp_path):
     """Each process draws only the pictures that its devices look at: two of three, and one."""
     arguments = ("--model", "llama", "--steps", "2")
-    ran = train(root, tmp_path / "spread", 2, "fsdp=2,expert=2", *arguments, options=("--devices=2",), **QUICK)
+    ran = train(root, tmp_path / "spread", 2, "fsdp=2,expert=2", *arguments, options=("--devices=2",))
     assert ran.returncode == 0, ran.stderr
     alone(tmp_path / "alone", *arguments)
     np.testing.assert_allclose(losses(tmp_path / "spread"), losses(tmp_path / "alone"), rtol=1e-5)

@@ -6,13 +6,11 @@ import sys
 
 import pytest
 
-# Compiling is most of the time, and these programs are small: none is worth optimising.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
 
 def run(root, marked):
     """Failures are printed as pytest prints them: read them there."""
-    environment = dict(os.environ, XLA_FLAGS=FLAGS, JAX_PLATFORMS="cpu")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    environment = dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     command = [sys.executable, "-m", "pytest", "-m", marked, "-p", "no:cacheprovider", "tests/multidevice"]
     ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
