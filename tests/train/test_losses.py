@@ -32,9 +32,10 @@ def inputs(dtype=jnp.float32):
     return hidden, unembedding, targets, weights
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 5, 13])
+@pytest.mark.parametrize("chunks, worth_sorting", [(1, 2**20), (2, 2**20), (5, 2**20), (13, 2**20), (1, 0), (13, 0)])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_chunked_loss_and_gradients_equal_the_plain_ones(chunks, z_loss):
+def test_chunked_loss_and_gradients_equal_the_plain_ones(chunks, worth_sorting, z_loss, monkeypatch):
+    monkeypatch.setattr(losses, "WORTH_SORTING", worth_sorting)
     limit = -(-B * T * V // chunks)
     compute = functools.partial(losses.cross_entropy, z_loss=z_loss, logits_limit=limit)
     wanted, wanted_gradient = jax.value_and_grad(plain, (0, 1), has_aux=True)(*inputs(), z_loss)
@@ -70,6 +71,33 @@ def test_tokens_of_weight_zero_do_not_count():
     for limit in (B * T * V, B * V):
         compute = lambda t, n=limit: losses.cross_entropy(hidden, unembedding, t, weights, logits_limit=n)[0]  # noqa: E731
         assert compute(targets) == compute(changed)
+
+
+def test_chunks_of_tokens_without_weight_are_not_computed(monkeypatch):
+    """39 tokens in 8 pieces of 5: five that count fill one, and what the others would compute is not a number."""
+    monkeypatch.setattr(losses, "WORTH_SORTING", 0)
+    hidden, unembedding, targets, _ = inputs()
+    counts = jnp.zeros(B * T, bool).at[jnp.array([3, 4, 17, 30, 38])].set(True).reshape(B, T)
+    weights = counts.astype(jnp.float32)
+    compute = jax.jit(jax.value_and_grad(losses.cross_entropy, (0, 1), has_aux=True))
+    got, (to_hidden, to_unembedding) = compute(
+        jnp.where(counts[..., None], hidden, jnp.nan), unembedding, targets, weights
+    )
+    wanted, (hidden_wanted, unembedding_wanted) = jax.value_and_grad(plain, (0, 1), has_aux=True)(
+        hidden, unembedding, targets, weights, 0.0
+    )
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    np.testing.assert_allclose(to_hidden, hidden_wanted, atol=1e-5)
+    np.testing.assert_allclose(to_unembedding, unembedding_wanted, atol=1e-5)
+
+
+def test_nothing_counts_and_nothing_is_learned(monkeypatch):
+    monkeypatch.setattr(losses, "WORTH_SORTING", 0)
+    hidden, unembedding, targets, weights = inputs()
+    got, gradients = jax.jit(jax.value_and_grad(losses.cross_entropy, (0, 1), has_aux=True))(
+        hidden, unembedding, targets, jnp.zeros_like(weights)
+    )
+    assert got == (0.0, 0.0) and not any(jnp.any(gradient) for gradient in gradients)
 
 
 def test_a_full_vocabulary_never_has_all_its_logits_in_memory():
