@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from llama4_jax.core import partitioning
 from llama4_jax.nn.linear import Linear
 
 
@@ -18,10 +21,21 @@ class Mlp(nnx.Module):
         self.down = Linear((mlp_dim,), (embed_dim,), ("mlp", "embed"), rngs=rngs, gain=output_gain, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(swiglu(checkpoint_name(self.gate_up(x), "shared")))
+        return gated(self.down, checkpoint_name(self.gate_up(x), "shared"))
+
+
+def gated(down: Callable[[jax.Array], jax.Array], gate_up: jax.Array) -> jax.Array:
+    """down(swiglu(gate_up)); on one device the gradient keeps `gate_up` alone, and not what `down` multiplies as well."""
+    if partitioning.mesh_in_use() is not None:
+        return down(swiglu(gate_up))
+    return jax.checkpoint(lambda gate_up: down(_swiglu(gate_up)))(gate_up)
+
+
+def _swiglu(gate_up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
 
 
 @jax.checkpoint  # the gradient keeps gate and up, and not three more arrays of their size
 def swiglu(gate_up: jax.Array) -> jax.Array:
     """silu(gate) * up of [.. 2 f]."""
-    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+    return _swiglu(gate_up)

@@ -15,7 +15,7 @@ from llama4_jax.config import MoeConfig
 from llama4_jax.core import parameter, partitioning
 from llama4_jax.kernels import few_rows
 from llama4_jax.nn import dispatch, expert_parallel, matrices, products
-from llama4_jax.nn.mlp import Mlp, swiglu
+from llama4_jax.nn.mlp import Mlp, gated, swiglu
 from llama4_jax.nn.router import Router
 
 
@@ -32,8 +32,8 @@ class Experts(nnx.Module):
 
     def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """rows [m d] sorted by expert, group_sizes [e] rows of each; rows past their sum give 0."""
-        hidden = swiglu(products.grouped(rows, self.gate_up, group_sizes))  # [m 2 f] to [m f]
-        return products.grouped(hidden, self.down, group_sizes)
+        gate_up = products.grouped(rows, self.gate_up, group_sizes)  # [m 2 f]
+        return gated(lambda hidden: products.grouped(hidden, self.down, group_sizes), gate_up)
 
 
 class MatrixExperts(nnx.Module):

@@ -73,6 +73,14 @@ def test_output_and_gradients_equal_a_loop_over_tokens(case):
         np.testing.assert_allclose(leaf, wanted_leaf, rtol=0, atol=TOLERANCE, err_msg=jax.tree_util.keystr(path))
 
 
+def test_the_gradient_keeps_gate_and_up_and_not_what_down_multiplies(case):
+    structure, params, x = case
+    _, pullback = jax.vjp(lambda params, x: grouped(structure, params, x)[0], params, x)
+    kept = [leaf for leaf in jax.tree.leaves(pullback) if leaf.shape[-1:] == (HIDDEN,)]
+    kept = [leaf.shape for leaf in kept if not any(leaf is param for param in params.values())]
+    assert {shape[-2] for shape in kept} == {2}, kept
+
+
 def test_all_tokens_to_one_expert_leaves_the_others_without_gradient(case):
     structure, params, x = case
     top_k = structure.merge(params).config.top_k
