@@ -61,7 +61,7 @@ def data_config() -> DataConfig:
 
 def train_config() -> TrainConfig:
     optimizer = OptimizerConfig(name="muon", learning_rate=6e-3, warmup_steps=50, final_fraction=0.05)
-    config = TrainConfig(steps=1050, optimizer=optimizer, balance_loss=0.01, save_every=250, keep=2, seed=SEED.value)
+    config = TrainConfig(steps=1150, optimizer=optimizer, balance_loss=0.01, save_every=250, keep=2, seed=SEED.value)
     return configs.apply(dataclasses.replace(config, on_nan=ON_NAN.value), TRAIN.value)
 
 

@@ -47,6 +47,11 @@ class Answer:
     text: str = ""
     recalled: bool = False  # whether it was found in the folder
 
+    def excess(self, memory: float) -> float:
+        """Bytes that the program needs above `memory`, 0 where it fits; of a refused one `over` says it."""
+        # The compiler refuses what does not fit. Where the host keeps something, `peak` is a bound that says no more.
+        return 0.0 if self.on_host else max(self.peak - memory, 0.0)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answers:

@@ -117,8 +117,7 @@ class Job:
         estimates = report.estimates(device, counts, attention, model, self.tokens, to_host)
         # The compiler's own estimate counts loop bodies once, and is negative where it knows none.
         stated = {"compiler_seconds_loop_bodies_once": answer.schedule_seconds} if answer.schedule_seconds > 0 else {}
-        # The compiler refuses what does not fit; where the host keeps something, `peak` is a bound that says no more.
-        over = 0.0 if answer.on_host else sizes["peak"] - device.memory
+        over = answer.excess(device.memory * report.GIB) / report.GIB
         if self.mode == "conversion":
             found |= {"read_by_a_host_gib": conversion.read_by_host(step.arguments["checkpoint"]) / report.GIB}
         else:
@@ -128,8 +127,8 @@ class Job:
             "work_of_a_device": report.work(counts),
             "attention_pflop_by_formula": attention / 1e15,
             "estimate_not_measured": estimates | stated,
-            "fits": over <= 0,
-            "over_gib": max(over, 0.0),
+            "fits": over == 0,
+            "over_gib": over,
         }
 
     def attention_flops(self, choice: Choice) -> float:

@@ -7,6 +7,8 @@ import pathlib
 import subprocess
 import sys
 
+from llama4_jax.plan.compiler import Answer
+
 # As many devices as the compiler must say of these names, none of which need exist here.
 TOPOLOGIES = {"v5e:16x16": 256, "v6e:16x16": 256, "v5p:4x8x8": 256, "tpu7x:4x8x8": 512}
 
@@ -42,6 +44,14 @@ def facts(folder: pathlib.Path) -> dict:
     asked = {name: dataclasses.asdict(answer) | {"text": len(answer.text)} for name, answer in asked.items()}
     sizes = {name: (len(topology.devices(name)), topology.size(name)) for name in TOPOLOGIES}
     return {"asked": asked, "sizes": sizes, "files": sorted(path.name for path in folder.iterdir())}
+
+
+def test_an_accepted_program_fits_though_its_bound_is_above_the_memory():
+    """The bound adds what lies on the device before and after something went to the host."""
+    taken = {"compile_seconds": 1.0, "host_gib": 1.0}
+    assert Answer(**taken, peak=33, on_host=5).excess(32) == 0
+    assert Answer(**taken, peak=33).excess(32) == 1
+    assert Answer(**taken, peak=31).excess(32) == 0
 
 
 def test_a_program_is_compiled_once_and_another_question_anew(root, tmp_path):
