@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterable
 
 FOREIGN_SHARE = 0.08  # of all cores: above this, somebody else is using the machine
+HIGHEST_AVERAGE = 0.75  # load average of the last minute, per core
+PATIENCE = 120.0  # seconds in which what has just ended, such as the benchmark before, may leave that average
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -49,14 +51,18 @@ def foreign_share(before: Snapshot, after: Snapshot) -> float:
 def require_quiet(pids: Iterable[int] = (), *, seconds: float = 1.0, check_average: bool = False) -> None:
     """Raises Loaded if other programs use more than FOREIGN_SHARE of the cores over `seconds`.
 
-    check_average: also refuse when the load average of the last minute says that something large has just run; for
-    the start of a benchmark, before its own work counts in that average.
+    check_average: also refuse when the load average of the last minute says that something large has just run, and still
+    does after a while; for the start of a benchmark, before its own work counts in that average.
     """
+    highest = HIGHEST_AVERAGE * os.cpu_count()
+    patient_until = time.monotonic() + PATIENCE
+    while check_average and os.getloadavg()[0] > highest and time.monotonic() < patient_until:
+        time.sleep(1.0)
     before = snapshot(pids)
     time.sleep(seconds)
     share = foreign_share(before, snapshot(pids))
     average = os.getloadavg()[0]
-    if share > FOREIGN_SHARE or (check_average and average > 0.75 * os.cpu_count()):
+    if share > FOREIGN_SHARE or (check_average and average > highest):
         raise Loaded(
             f"the machine is loaded: other programs use {share:.0%} of its {os.cpu_count()} cores (at most "
             f"{FOREIGN_SHARE:.0%} wanted), load average {average:.2f}. Stop them and run this again, or pass "
