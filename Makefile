@@ -39,9 +39,9 @@ demo: venv
 test: venv
 	$(RUN) -m pytest $(WORKERS) $(FLAGS)
 
-# No XLA_FLAGS: programs as users compile them, where tests/conftest.py otherwise asks for quick compiling.
+# torch is compared with programs as users compile them; tests/conftest.py otherwise asks XLA for quick compiling.
 test-all: test parity-venv
-	XLA_FLAGS= $(RUN) -m pytest $(WORKERS) -m thorough $(FLAGS)
+	$(RUN) -m pytest $(WORKERS) -m thorough $(FLAGS)
 	XLA_FLAGS= $(RUN_PARITY) -m pytest $(WORKERS) -m parity $(FLAGS)
 	$(RUN_PARITY) tests/parity/make_goldens.py --check
 
