@@ -126,8 +126,8 @@ class Llama4(nnx.Module):
             if cache is not None:
                 positions = positions + cache.lengths[:, None]
         positions = jnp.where(segments != 0, jnp.asarray(positions, jnp.int32), -1)
-        angles = rope.text_angles(self.config.text.attention, positions)
-        return Context(positions, segments, angles, cache.lengths if cache is not None else None, rows)
+        turns = rope.turns(rope.text_angles(self.config.text.attention, positions))
+        return Context(positions, segments, turns, cache.lengths if cache is not None else None, rows)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits [.. v] float32 of hidden states [.. d]."""

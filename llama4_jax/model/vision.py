@@ -53,10 +53,10 @@ class VisionTower(nnx.Module):
         patches = self.patch(patchify(images.astype(dtype), self.config.patch_size))  # [n p d]
         class_token = jnp.broadcast_to(self.class_embedding[...], (patches.shape[0], 1, patches.shape[2]))
         x = jnp.concatenate([patches, class_token], axis=1) + self.position_embedding[...]
-        angles = rope.image_angles(self.config)[None]  # [1 p+1 h/2]
+        turns = rope.turns(rope.image_angles(self.config)[None])  # [1 p+1 h/2] each
 
         def layer(x, block):
-            return block(x, angles), None
+            return block(x, turns), None
 
         # A loop's body cannot be merged with its recomputation.
         x, _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False) if remat else layer, self.norm_pre(x), self.blocks)

@@ -33,14 +33,14 @@ class Context:
 
     positions: [b t] int32, from 0 in each document; negative where there is no token.
     segments:  [b t] int32, the document of each token; 0 where there is no token.
-    angles:    [b t head_dim/2] float32, rotary angles of the positions.
+    turns:     [b t head_dim/2] float32 each, cosines and sines of the positions' rotary angles.
     lengths:   [b] int32, tokens already cached in each row; None without a cache.
     rows:      what is promised of all rows.
     """
 
     positions: jax.Array
     segments: jax.Array
-    angles: jax.Array
+    turns: rope.Turns
     lengths: jax.Array | None = None
     rows: kernels.Rows = struct.field(pytree_node=False, default=kernels.Rows.ANY)
 
@@ -103,7 +103,7 @@ class DecoderAttention(nnx.Module):
             query, key, value = self.project(x)
         if self.kind.rope:
             with jax.named_scope("rope"):
-                query, key = rope.rotate(query, context.angles), rope.rotate(key, context.angles)
+                query, key = rope.rotate(query, context.turns), rope.rotate(key, context.turns)
         if self.kind.qk_norm:  # after RoPE, over each head: what is cached is rotated and normed
             query, key = rms_normalize(query, self.norm_eps), rms_normalize(key, self.norm_eps)
         if self.kind.temperature:

@@ -16,6 +16,8 @@ import numpy as np
 
 from llama4_jax.config import AttentionConfig, RopeScaling, VisionConfig
 
+Turns = tuple[jax.Array, jax.Array]  # cosines and sines of angles [b t head_dim/2]
+
 
 def frequencies(config: AttentionConfig) -> np.ndarray:
     """Angle per position of each pair, [head_dim / 2] float32, fastest first."""
@@ -52,10 +54,15 @@ def image_angles(config: VisionConfig) -> np.ndarray:
     return np.concatenate([angles, np.zeros((1, half))]).astype(np.float32)
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Turns the pairs of x [b t n h] by angles [b t h/2]; fp32 inside, x's dtype outside."""
+def turns(angles: jax.Array) -> Turns:
+    """What `rotate` multiplies pairs by; taken once, since left to each layer it is taken again for every head."""
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, by: Turns) -> jax.Array:
+    """Turns the pairs of x [b t n h] by angles given as `turns`; fp32 inside, x's dtype outside."""
     pairs = einops.rearrange(x.astype(jnp.float32), "... n (h two) -> ... n h two", two=2)
     real, imaginary = pairs[..., 0], pairs[..., 1]
-    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]  # the same for every head
+    cos, sin = (part[..., None, :] for part in by)  # the same for every head
     turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
     return einops.rearrange(turned, "... h two -> ... (h two)").astype(x.dtype)

@@ -25,10 +25,10 @@ class VisionAttention(nnx.Module):
         self.value = Linear((d,), (n, h), axes, **options)
         self.output = Linear((n, h), (d,), ("heads", "head_dim", "vision_embed"), **options)
 
-    def __call__(self, x: jax.Array, angles: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, turns: rope.Turns) -> jax.Array:
         """x [tiles patches+1 d]; every position sees every other."""
         query, key, value = together(x, self.query, self.key, self.value)
-        return self.output(self._attend(rope.rotate(query, angles), rope.rotate(key, angles), value))
+        return self.output(self._attend(rope.rotate(query, turns), rope.rotate(key, turns), value))
 
     def _attend(self, *arrays: jax.Array) -> jax.Array:
         mesh = spread.mesh_of(self.query.kernel)
@@ -47,7 +47,7 @@ class VisionBlock(nnx.Module):
         self.fc1 = Linear((d,), (f,), ("vision_embed", "mlp"), **options)
         self.fc2 = Linear((f,), (d,), ("mlp", "vision_embed"), **options)
 
-    def __call__(self, x: jax.Array, angles: jax.Array) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x), angles)
+    def __call__(self, x: jax.Array, turns: rope.Turns) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), turns)
         hidden = jax.nn.gelu(self.fc1(self.mlp_norm(x)), approximate=False)  # the tanh form is off by 0.006 in logits
         return x + self.fc2(hidden)

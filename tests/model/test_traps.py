@@ -60,7 +60,7 @@ def attention(seed: int = 0) -> tuple[DecoderAttention, jax.Array, Context]:
     )
     layer = DecoderAttention(config, kind, 32, norm_eps=1e-6, rngs=nnx.Rngs(seed))
     positions = jnp.arange(6)[None]
-    context = Context(positions, jnp.ones_like(positions), rope.text_angles(config, positions))
+    context = Context(positions, jnp.ones_like(positions), rope.turns(rope.text_angles(config, positions)))
     return layer, jax.random.normal(jax.random.key(1), (1, 6, 32)), context
 
 

@@ -25,13 +25,13 @@ def test_rotation_multiplies_interleaved_pairs_by_unit_complex_numbers():
     x = jax.random.normal(jax.random.key(0), (2, 3, 2, 8))
     angles = jax.random.uniform(jax.random.key(1), (2, 3, 4), minval=-3, maxval=3)
     wanted = as_complex(x) * np.exp(1j * np.asarray(angles, np.float64))[:, :, None]  # one angle for all heads
-    np.testing.assert_allclose(as_complex(rope.rotate(x, angles)), wanted, atol=16 * EPS)
+    np.testing.assert_allclose(as_complex(rope.rotate(x, rope.turns(angles))), wanted, atol=16 * EPS)
 
 
 def test_a_quarter_turn_by_hand():
     x = jnp.array([1.0, 0.0, 0.0, 1.0]).reshape(1, 1, 1, 4)
     angles = jnp.array([math.pi / 2, math.pi]).reshape(1, 1, 2)
-    np.testing.assert_allclose(rope.rotate(x, angles).ravel(), [0.0, 1.0, 0.0, -1.0], atol=4 * EPS)
+    np.testing.assert_allclose(rope.rotate(x, rope.turns(angles)).ravel(), [0.0, 1.0, 0.0, -1.0], atol=4 * EPS)
 
 
 def test_scores_depend_on_the_distance_of_two_positions_alone():
@@ -39,7 +39,8 @@ def test_scores_depend_on_the_distance_of_two_positions_alone():
 
     def score(at: int, distance: int):
         turned = [
-            rope.rotate(x, rope.text_angles(CONFIG, jnp.array([[p]]))) for x, p in ((query, at + distance), (key, at))
+            rope.rotate(x, rope.turns(rope.text_angles(CONFIG, jnp.array([[p]]))))
+            for x, p in ((query, at + distance), (key, at))
         ]
         return float(jnp.sum(turned[0] * turned[1]))
 
@@ -50,10 +51,10 @@ def test_scores_depend_on_the_distance_of_two_positions_alone():
 
 def test_bfloat16_is_rotated_in_fp32_and_rounded_once():
     x = jax.random.normal(jax.random.key(3), (1, 4, 2, 8)).astype(jnp.bfloat16)
-    angles = rope.text_angles(CONFIG, jnp.arange(4)[None])
-    found = rope.rotate(x, angles)
+    turns = rope.turns(rope.text_angles(CONFIG, jnp.arange(4)[None]))
+    found = rope.rotate(x, turns)
     assert found.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(found, rope.rotate(x.astype(jnp.float32), angles).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(found, rope.rotate(x.astype(jnp.float32), turns).astype(jnp.bfloat16))
 
 
 def test_angles_are_exact_to_the_end_of_ten_million_tokens():

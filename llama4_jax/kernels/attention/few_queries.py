@@ -1,9 +1,9 @@
 """Attention of a few queries over many keys: decoding with a cache, where reading the keys is what takes the time.
 
-The reference with its first product by `few_rows` where that can, or else turned round: keys are the left operand, so that
-XLA's CPU backend multiplies them where they lie, in the order [b k s h] of the cache. Left to itself it makes the shorter
-operand the left one and copies the keys, at 4,096 of them for 1.9 times the time, and with keys in the order [b s k h] for
-6.8 times. A barrier hides that the result is transposed.
+The reference with its products by `few_rows` where that can. Where it cannot, the first is turned round: keys are the left
+operand, so that XLA's CPU backend multiplies them where they lie, in the order [b k s h] of the cache. Left to itself it makes
+the shorter operand the left one and copies the keys, at 4,096 of them for 1.9 times the time, and with keys in the order
+[b s k h] for 6.8 times. A barrier hides that the result is transposed.
 
 Keys and values of few bits are multiplied as they lie, and products by their scales: a copy of them in more bits would be the
 larger part of what is read and written.
@@ -40,7 +40,7 @@ def attend(
     products = einops.rearrange(_products(grouped, key, wide), "b k (g t) s -> b k g t s", t=query.shape[1])
     scores = products * query.shape[-1] ** -0.5
     scores = scores if key_scales is None else scores * key_scales
-    return reference.average(scores, value, rule[:, None, None], value_scales).astype(query.dtype)
+    return reference.average(scores, value, rule[:, None, None], value_scales, _weighted).astype(query.dtype)
 
 
 def _products(query: jax.Array, key: jax.Array, wide) -> jax.Array:
@@ -52,6 +52,13 @@ def _products(query: jax.Array, key: jax.Array, wide) -> jax.Array:
     # Integers of 8 bits are exact in bfloat16.
     products = jnp.einsum("bskh,bkqh->bksq", key.astype(query.dtype), query, preferred_element_type=wide)
     return einops.rearrange(lax.optimization_barrier(products), "b k s q -> b k q s")
+
+
+def _weighted(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """As `reference.weighted`."""
+    rows = einops.rearrange(weights, "b k g t s -> (b k) (g t) s")
+    sums = few_rows.each_plain(rows, einops.rearrange(value, "b s k h -> (b k) s h"))
+    return reference.weighted(weights, value) if sums is None else sums.reshape(*weights.shape[:-1], -1)
 
 
 def _parts(array: jax.Array | QuantizedArray) -> tuple[jax.Array, jax.Array | None]:

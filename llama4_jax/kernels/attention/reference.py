@@ -6,6 +6,8 @@ Difference from them: a query that sees nothing gives zeros, and so do its gradi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import einops
 import jax
 import jax.numpy as jnp
@@ -55,12 +57,22 @@ def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.einsum("bkgth,bskh->bkgts", grouped, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
 
 
+def weighted(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """Sums of values [b s k h] by weights [b k g t s]: [b k g t h] in the weights' dtype."""
+    return jnp.einsum("bkgts,bskh->bkgth", weights, value.astype(weights.dtype), preferred_element_type=weights.dtype)
+
+
 def average(
-    scores: jax.Array, value: jax.Array, rule: jax.Array | None, value_scales: jax.Array | None = None
+    scores: jax.Array,
+    value: jax.Array,
+    rule: jax.Array | None,
+    value_scales: jax.Array | None = None,
+    weighted: Callable[[jax.Array, jax.Array], jax.Array] = weighted,
 ) -> jax.Array:
     """Values [b s k h] weighted by the softmax of scores [b k g t s] under `rule`: [b t n h], in the scores' dtype.
 
     rule: bool, broadcast against the scores; None sees all. value_scales: what each value is multiplied by, likewise.
+    weighted: another way to do what `weighted` does.
     """
     if rule is not None:
         scores = jnp.where(rule, scores, -jnp.inf)
@@ -69,6 +81,5 @@ def average(
     weights = jnp.exp(scores - lax.stop_gradient(peak))
     total = weights.sum(-1, keepdims=True)  # [b k g t 1]
     weights = weights if value_scales is None else weights * value_scales
-    out = jnp.einsum("bkgts,bskh->bkgth", weights, value.astype(scores.dtype), preferred_element_type=scores.dtype)
-    out = out / jnp.where(total > 0, total, 1.0)
+    out = weighted(weights, value) / jnp.where(total > 0, total, 1.0)
     return einops.rearrange(out, "b k g t h -> b t (k g) h")

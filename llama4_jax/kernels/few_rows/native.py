@@ -25,6 +25,9 @@ _FOLDER = pathlib.Path(__file__).parent
 SOURCES = tuple(_FOLDER / name for name in ("few_rows.cc", "low_bit.cc"))
 HEADERS = tuple(_FOLDER / name for name in ("blocks.h", "vectors.h", "work.h"))
 HANDLERS = {jnp.dtype(dtype): f"few_rows_{dtype}" for dtype in ("float32", "bfloat16")}
+PLAIN = {
+    jnp.dtype(dtype): f"few_rows_plain_{dtype}" for dtype in ("float32", "bfloat16")
+}  # matrices that are not transposed
 LOW_BIT = {kind: f"few_rows_{kind}" for kind in ("int4", "int8", "float8_e4m3fn")}  # by the dtype of weights
 LOW_BIT_ROWS = {(kind, "int8"): f"few_rows_{kind}_int8" for kind in ("int4", "int8")}  # and by that of rows
 
@@ -42,7 +45,7 @@ def available() -> bool:
     except (OSError, RuntimeError) as error:
         _logger.warning("decoding on this CPU takes XLA's slower products: %s", error)
         return False
-    for name in (*HANDLERS.values(), *LOW_BIT.values(), *LOW_BIT_ROWS.values()):
+    for name in (*HANDLERS.values(), *PLAIN.values(), *LOW_BIT.values(), *LOW_BIT_ROWS.values()):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return True
 
@@ -67,8 +70,17 @@ def build(folder: pathlib.Path) -> pathlib.Path:
 
 def grouped(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """See `api.grouped`; float32 results."""
-    out = jax.ShapeDtypeStruct((rows.shape[0], matrices.shape[1]), jnp.float32)
-    call = jax.ffi.ffi_call(HANDLERS[matrices.dtype], out, vmap_method="sequential")
+    return _grouped(HANDLERS, matrices.shape[1], rows, matrices, group_sizes)
+
+
+def plain(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """The same for matrices [e k n]."""
+    return _grouped(PLAIN, matrices.shape[2], rows, matrices, group_sizes)
+
+
+def _grouped(names: dict, outputs: int, rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    out = jax.ShapeDtypeStruct((rows.shape[0], outputs), jnp.float32)
+    call = jax.ffi.ffi_call(names[matrices.dtype], out, vmap_method="sequential")
     return call(rows.astype(jnp.float32), matrices, group_sizes.astype(jnp.int32))
 
 

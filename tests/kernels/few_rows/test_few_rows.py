@@ -1,4 +1,4 @@
-"""Few rows times transposed matrices: the compiled library against exact arithmetic, and XLA where it does not serve."""
+"""Few rows times matrices, most of them transposed: the compiled library against exact arithmetic, and XLA where it does not serve."""
 
 import logging
 import os
@@ -69,6 +69,35 @@ def test_groups_of_many_rows_are_left_to_xla():
     rows = jnp.zeros((2, few_rows.FEW_ROWS + 1, 8))
     assert few_rows.each(rows, jnp.zeros((2, 3, 8))) is None
     assert few_rows.each(rows[:, 1:], jnp.zeros((2, 3, 8), jnp.bfloat16)) is None
+
+
+@DTYPES
+@pytest.mark.parametrize("m", [1, 4, 9])
+def test_each_group_meets_its_own_matrix_as_it_is(m, dtype):
+    for k, n in SHAPES:
+        rows, matrices = drawn(3, m, k, dtype=jnp.float32, seed=8), drawn(3, k, n, dtype=dtype, seed=9)
+        got = jax.jit(few_rows.each_plain)(rows, matrices)
+        assert got.dtype == jnp.float32 and got.shape == (3, m, n)
+        for product, left, right in zip(got, rows, matrices):
+            assert_near(product, left, right.T, jnp.float32)
+
+
+@DTYPES
+def test_gradients_of_groups_as_they_are_equal_those_of_xlas_products(dtype):
+    rows, matrices = drawn(3, 4, 20, dtype=jnp.float32, seed=8), drawn(3, 20, 33, dtype=dtype, seed=9)
+    cotangent = drawn(3, 4, 33, dtype=jnp.float32, seed=10)
+    got = jax.vjp(few_rows.each_plain, rows, matrices)[1](cotangent)
+    assert got[1].dtype == dtype
+    for g in range(3):
+        assert_near(got[0][g], cotangent[g], matrices[g], jnp.float32)
+        assert_near(got[1][g], rows[g].T, cotangent[g].T, dtype)
+
+
+def test_groups_that_are_not_known_as_they_are_are_left_to_xla():
+    rows, matrices = jnp.zeros((2, few_rows.FEW_ROWS + 1, 8)), jnp.zeros((2, 8, 3))
+    assert few_rows.each_plain(rows, matrices) is None
+    assert few_rows.each_plain(rows[:, 1:].astype(jnp.bfloat16), matrices) is None
+    assert few_rows.each_plain(rows[:, 1:], matrices.astype(jnp.int8)) is None
 
 
 @DTYPES
