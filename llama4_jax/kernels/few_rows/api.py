@@ -1,4 +1,5 @@
 """Rows times the transposes of matrices, for decoding on a CPU: a few rows, and time goes into reading the weights.
+(Attention's values alone are not transposed: `each_plain`.)
 
 `native` is used for at most `FEW_ROWS` rows on a CPU that has a compiler. XLA's products, which do all other sizes and platforms,
 copy an expert's matrix out of its stack first and convert one of bfloat16 or of few bits, which takes longer than the product.
