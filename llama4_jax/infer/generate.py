@@ -49,9 +49,9 @@ class State:
 def prepare(model: Llama4) -> Llama4:
     """The same model with its weights laid out for decoding: `generate` does this on each call, so do it once.
 
-    Adapters are merged and layers stand alone. On one CPU the decoder's matrices are transposed, which costs a copy of the
-    weights, and moved into large pages; those of few bits are packed. Anywhere else weights of few bits become matrices that
-    each device reads as they lie (`infer.matrices`), for the mesh in use.
+    Adapters are merged and layers stand alone. On one CPU the decoder's matrices are transposed and moved into large pages;
+    those of few bits are packed. Anywhere else weights become matrices that each device reads as they lie
+    (`infer.matrices`), for the mesh in use. Each costs a copy of the weights.
     """
     _report_merged(_merged_into_floats(model))
     model = lora.merge(model).unrolled()

@@ -1,4 +1,4 @@
-"""A model's weights of few bits as matrices for kernels, on one accelerator or on the mesh in use; see `nn.matrices`."""
+"""A model's weights as matrices that are read as they lie, on one accelerator or on the mesh in use; see `nn.matrices`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ logger = logging.getLogger(__name__)
 
 
 def laid_out(model: Llama4) -> Llama4:
-    """`model` with matrices in place of the decoder's and the unembedding's weights of few bits; all else is as it was.
+    """`model` with matrices in place of the decoder's and the unembedding's weights; all else is as it was.
 
-    On a mesh only in the placement of serving, and only where groups of inputs divide as inputs do: the log says where not.
+    On GPUs only of weights of few bits: others lie there in the order of their axes, which is a matrix's. On a mesh only in the placement of serving, and only where groups of inputs divide as inputs do: the log says where not.
     """
     if partitioning.mesh_in_use() and partitioning.placement_in_use().table != partitioning.SERVE.table:
         return model
+    floats_too = partitioning.platform() != "gpu"
 
     def of(path, node):
         made = {Linear: MatrixLinear, Experts: MatrixExperts}.get(type(node))
-        if made is None or path[0].name == "vision" or not _few_bits(node):
+        if made is None or path[0].name == "vision" or not (_few_bits(node) or floats_too):
             return node
         try:
             return made(node)

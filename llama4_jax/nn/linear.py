@@ -65,7 +65,7 @@ def together(x: jax.Array, *linears: Linear) -> list[jax.Array]:
 
 
 class MatrixLinear(nnx.Module):
-    """A `Linear` of few bits for decoding with kernels; see `matrices`."""
+    """A `Linear` for decoding, its kernel a matrix; see `matrices`."""
 
     def __init__(self, linear: Linear):
         self.num_inputs = linear.num_inputs
@@ -75,7 +75,7 @@ class MatrixLinear(nnx.Module):
     def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
         dtype = dtype or x.dtype
         y = matrices.multiply(x, self.kernel, self.outputs, self.num_inputs, dtype)
-        return y if self.bias is None else (y + self.bias[...]).astype(dtype)
+        return (y if self.bias is None else y + self.bias[...]).astype(dtype)
 
 
 class TransposedLinear(nnx.Module):

@@ -1,8 +1,9 @@
-"""Weights of few bits laid out for decoding with kernels: matrices of which each device reads its own part as it lies.
+"""Weights laid out for decoding: matrices of which each device reads its own part as it lies.
 
 A parameter [.. inputs outputs] becomes [.. k n]. What each device has of the outputs lies side by side, gates beside ups and
 the numbers of a head beside each other, and is filled up to whole tiles. A TPU keeps [d 2 f], [d n h], and outputs that fill
-no tiles, in an order that kernels cannot read, and would put the whole weight into another at each step.
+no tiles, in an order that kernels cannot read, and would put the whole weight into another at each step: of experts all that
+a device has, however few of them are visited.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from llama4_jax.core import partitioning
 from llama4_jax.core.partitioning import SERVE, UNSPLIT
 from llama4_jax.core.quantized import QuantizedArray, spread
 from llama4_jax.kernels import int4_matmul
+from llama4_jax.nn import products
 
 TILE = 128  # outputs
 
@@ -69,7 +71,7 @@ class Outputs:
 
 
 def lay_out(kernel: nnx.Param, num_inputs: int, leading: int = 0) -> tuple[nnx.Param, Outputs]:
-    """A kernel [leading.. inputs.. outputs..] of few bits as [leading.. k n], and what its columns are.
+    """A kernel [leading.. inputs.. outputs..] as [leading.. k n], and what its columns are.
 
     Raises ValueError where groups of inputs do not divide as the inputs do.
     """
@@ -92,21 +94,21 @@ def lay_out(kernel: nnx.Param, num_inputs: int, leading: int = 0) -> tuple[nnx.P
 
 
 def multiply(x: jax.Array, kernel: nnx.Param, form: Outputs, num_inputs: int, dtype) -> jax.Array:
-    """x [.. inputs] by a matrix that `lay_out` made: [.. outputs] of `dtype`. On a mesh each device reads its own part.
+    """x [.. inputs] by a matrix that `lay_out` made: [.. outputs] of `dtype`, of a matrix of floats in float32.
 
-    Where devices share inputs, what they make is added up in float32.
+    On a mesh each device reads its own part, and where they share inputs, what they make is added up in float32.
     """
+    dtype = dtype if isinstance(kernel[...], QuantizedArray) else jnp.float32
     leading, weight = x.shape[: x.ndim - num_inputs], kernel[...]
     rows, mesh = x.reshape(-1, weight.shape[0]), partitioning.mesh_in_use()
     if mesh is None:
-        return form.rows(int4_matmul.matmul(rows, weight, dtype=dtype)).reshape(*leading, *form.shape)
+        return form.rows(_product(rows, weight, dtype)).reshape(*leading, *form.shape)
     specs = _specs(kernel.axes, weight, mesh)
-    inputs, outputs = specs.values
+    inputs, outputs = specs.values if isinstance(weight, QuantizedArray) else specs
     over = _axes(inputs)
 
     def local(rows, weight):
-        made = int4_matmul.matmul(rows, weight, dtype=jnp.float32 if over else dtype, over=over)
-        made = form.rows(made)
+        made = form.rows(_product(rows, weight, jnp.float32 if over else dtype, over))
         return lax.psum(made, over).astype(dtype) if over else made
 
     tokens = _rows(rows.shape[0], mesh)
@@ -118,7 +120,14 @@ def multiply(x: jax.Array, kernel: nnx.Param, form: Outputs, num_inputs: int, dt
     return call(rows, weight).reshape(*leading, *form.shape)
 
 
-def _matrix(form: Outputs, num_inputs: int, leading: int, weight: QuantizedArray) -> QuantizedArray:
+def _product(rows: jax.Array, weight: products.Weight, dtype, over: tuple[str, ...] = ()) -> jax.Array:
+    """rows [m k] by weight [k n], of which this device has a part; over: the mesh axes that divide k."""
+    if isinstance(weight, QuantizedArray):
+        return int4_matmul.matmul(rows, weight, dtype=dtype, over=over)
+    return products.dense(rows, weight)
+
+
+def _matrix(form: Outputs, num_inputs: int, leading: int, weight: products.Weight) -> products.Weight:
     """A weight [leading.. inputs.. outputs..] as [leading.. k n]; successive inputs share scales."""
 
     def flat(part: jax.Array, fill: float) -> jax.Array:
@@ -126,12 +135,14 @@ def _matrix(form: Outputs, num_inputs: int, leading: int, weight: QuantizedArray
         columns = form.columns(spread(part, (*front, *form.shape)), len(front), fill)
         return columns.reshape(*front[:leading], -1, columns.shape[-1])
 
+    if not isinstance(weight, QuantizedArray):
+        return flat(weight, 0)
     offsets = None if weight.offsets is None else flat(weight.offsets, 0)
     return dataclasses.replace(weight, values=flat(weight.values, 0), scales=flat(weight.scales, 1), offsets=offsets)
 
 
-def _specs(names: Sequence[str], weight: QuantizedArray, mesh) -> QuantizedArray:
-    """How a matrix and its scales lie."""
+def _specs(names: Sequence[str], weight: products.Weight, mesh) -> products.Weight:
+    """How a matrix lies, and of few bits its scales."""
 
     def of(part):
         axes = [UNSPLIT if size == 1 else name for name, size in zip(names, part.shape)]

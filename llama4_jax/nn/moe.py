@@ -37,7 +37,7 @@ class Experts(nnx.Module):
 
 
 class MatrixExperts(nnx.Module):
-    """`Experts` of few bits for decoding with kernels; see `matrices`."""
+    """`Experts` for decoding, each a pair of matrices; see `matrices`."""
 
     def __init__(self, experts: Experts):
         self.gate_up, self.hidden = matrices.lay_out(experts.gate_up, 1, leading=1)

@@ -149,7 +149,8 @@ def _serving(job: Job, choice: Choice) -> tuple[float, float, float]:
     own = rows * job.tokens // job.batch
     part = weights.by_part(job.config, job.kept.recipe)
     held = sum(part.values()) - part["routed_experts"] * (1 - 1 / sizes["expert"])
-    read = sum(weights.read(job.config, job.kept.recipe, job.tokens, sizes["expert"]))
+    copies = choice.ways("batch") / sizes["expert"]  # of all experts, each met by its share of the tokens
+    read = sum(weights.read(job.config, job.kept.recipe, math.ceil(job.tokens / copies), sizes["expert"]))
     # Devices beyond the heads hold the same keys as others.
     cache = accounting.cache_bytes(job.config, job.length, batch=rows, dtype=job.kept.cache) / min(tensor, heads)
     sent = own * (_rows(job, choice) + _sums(job, choice))

@@ -1,4 +1,4 @@
-"""A model in few bits that several devices serve: each multiplies with its part of the weights as it lies."""
+"""A model that several devices serve, in few bits or not: each multiplies with its part of the weights as it lies."""
 
 import jax
 import numpy as np
@@ -16,8 +16,12 @@ pytestmark = pytest.mark.multidevice
 MESH = {"expert": 2, "tensor": 2}
 
 
+def floats():
+    return tiny.model(tiny.text_config(num_layers=1), scan=False)
+
+
 def few_bits(recipe):
-    return ptq.quantise(tiny.model(tiny.text_config(num_layers=1), scan=False), recipe)
+    return ptq.quantise(floats(), recipe)
 
 
 def steps(model, cache_dtype="int8"):
@@ -43,8 +47,8 @@ ALL = QuantRecipe(
 )
 
 
-def test_decoding_in_few_bits_does_not_depend_on_the_mesh():
-    model = few_bits(ALL)
+def decoded_on_a_mesh(model, cache_dtype):
+    """`steps` of `model` on several devices."""
     mesh = partitioning.make_mesh(MESH, jax.devices()[:4])
     with partitioning.use(mesh, partitioning.SERVE):
         placed = jax.device_put(model, partitioning.shardings(model, partitioning.SERVE, mesh))
@@ -57,8 +61,18 @@ def test_decoding_in_few_bits_does_not_depend_on_the_mesh():
             2 * 128,
         )  # 64 of 128 tokens on each of two devices, filled up to a tile
         assert jax.tree.structure(infer.prepare(prepared)) == jax.tree.structure(prepared)
-        found = steps(prepared)
+        return steps(prepared, cache_dtype)
+
+
+def test_decoding_in_few_bits_does_not_depend_on_the_mesh():
+    model = few_bits(ALL)
+    found = decoded_on_a_mesh(model, "int8")
     flips.flipped(found, steps(model), steps(flips.unrounded(model), "float32"))
+
+
+def test_decoding_in_floats_does_not_depend_on_the_mesh():
+    model = floats()
+    np.testing.assert_allclose(decoded_on_a_mesh(model, "float32"), steps(model, "float32"), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ PROGRAMS = [(name, "bfloat16") for name in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "
 ]
 # Rows and inputs that fill no whole number of tiles.
 ROWS, GROUPS, INPUTS, OUTPUTS = 2000, 4, 2500, 4096
+FEW = 3  # rows of a decoding step
 
 
 def compiled(topology_name: str, dtype: str) -> dict:
-    """Facts of the compiled gradient; in a process that may start libtpu."""
+    """Facts of the compiled gradient, and of a product of few rows; in a process that may start libtpu."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -28,13 +29,20 @@ def compiled(topology_name: str, dtype: str) -> dict:
         out, pull = jax.vjp(lambda lhs, rhs: grouped_matmul(lhs, rhs, group_sizes), lhs, rhs)
         return out, pull(cotangent)
 
-    arrays = shape(ROWS, INPUTS), shape(GROUPS, INPUTS, OUTPUTS), shape(GROUPS, dtype="int32"), shape(ROWS, OUTPUTS)
+    matrices = shape(GROUPS, INPUTS, OUTPUTS), shape(GROUPS, dtype="int32")
     with jax.set_mesh(mesh):
-        text = jax.jit(gradients).lower(*arrays).compile().as_text()
+        lowered = jax.jit(gradients).lower(shape(ROWS, INPUTS), *matrices, shape(ROWS, OUTPUTS))
+        text = lowered.compile().as_text()
+        few = jax.jit(grouped_matmul).lower(shape(FEW, INPUTS), *matrices).compile().as_text()
     return {
-        "kernels": sorted(re.findall(r"%(tgmm|ragged-dot-none)\S* = .* custom-call\(", text)),
+        "kernels": kernels(text),
+        "kernels of few rows": kernels(few),
         "flops": count.count(hlo.parse(text), mesh.shape).matrix_flops,
     }
+
+
+def kernels(text: str) -> list[str]:
+    return sorted(re.findall(r"%(tgmm|ragged-dot-none)\S* = .* custom-call\(", text))
 
 
 def test_products_compile_for_every_generation_and_none_multiplies_rows_with_other_groups(printed):
@@ -42,6 +50,7 @@ def test_products_compile_for_every_generation_and_none_multiplies_rows_with_oth
     assert len(facts) == len(PROGRAMS)
     for fact in facts:
         assert fact["kernels"] == ["ragged-dot-none", "ragged-dot-none", "tgmm"]
+        assert fact["kernels of few rows"] == ["ragged-dot-none"]  # which leaves matrices unread that no row meets
         product = 2 * INPUTS * OUTPUTS
         assert 3 * ROWS * product <= fact["flops"] <= (2 * ROWS + 2048) * product  # of d rhs, whole tiles
 
