@@ -13,12 +13,8 @@ from llama4_jax.plan.memory import GIB, Storage
 # Heads of the chip's width; most of the bytes are experts, of which a copy in bfloat16 would show.
 CHANGES = (
     *("text.num_layers=2", "text.vocab_size=512", "text.attention.nope_interval=2", "text.attention.chunk_size=1024"),
-    *(
-        "text.attention.num_heads=4",
-        "text.attention.num_kv_heads=2",
-        "text.attention.head_dim=128",
-        "text.moe.expert_dim=16384",
-    ),
+    *("text.attention.num_heads=4", "text.attention.num_kv_heads=2", "text.attention.head_dim=128"),
+    "text.moe.expert_dim=16384",
 )
 ROWS, SLOTS = 4, 65_536
 CHIP = "v5e:2x2"
