@@ -15,7 +15,6 @@ whole. What it does not: cuDNN makes its own kernels when a program starts on a 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import time
@@ -24,48 +23,24 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler is a library; no GPU is look
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from experiments import output
 from llama4_jax.kernels.attention import blockwise, chunks, cudnn, triton
 from llama4_jax.kernels.attention.workloads import REAL, Workload
+from llama4_jax.plan import gpus
 
 WORKLOADS = {"chunked": REAL["scout_train_chunked"], "global": REAL["scout_train_global"]}
 BLOCK = flags.DEFINE_integer("block", 64, "tokens of the Pallas kernels' blocks", lower_bound=16)
 
-# Source: the device descriptions in XLA, xla/backends/gpu/target_config/specs; what they leave out is the same for both.
-GPUS = {
-    "h100": {"name": "NVIDIA H100 80GB HBM3", "major": 9, "cores": 132, "memory": 84_942_979_072, "l2": 52_428_800},
-    "b200": {"name": "NVIDIA B200", "major": 10, "cores": 148, "memory": 191_514_411_008, "l2": 132_644_864},
-}
-DESCRIPTION = """
-gpu_device_info {{
-  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
-  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
-  core_count: {cores}  fpus_per_core: 128  clock_rate_ghz: 1.97  memory_bandwidth: 3352320000000
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  l2_cache_size: {l2}  device_memory_size: {memory}  cuda_compute_capability {{ major: {major} }}
-  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-}}
-platform_name: "CUDA"  dnn_version_info {{ major: 9  minor: 10 }}  runtime_version {{ major: 13 }}
-device_description_str: "{name}"
-"""
-
 
 def main(_) -> None:
     output.quiet_libraries()
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise app.UsageError(
-            "the compiler for GPUs is not installed; pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt"
-        )
     packed = {"triton": lambda *x, **call: triton.attend(*x, **call, block=BLOCK.value), "blockwise": blockwise.attend}
     calls = {(layer, name): attend for layer in WORKLOADS for name, attend in packed.items()}
     calls |= {("chunked", "cudnn"): chunks.apart(cudnn.attend), ("global", "cudnn"): cudnn.attend}
-    cases = [(gpu, *call) for gpu in GPUS for call in sorted(calls)]
+    cases = [(gpu, *call) for gpu in gpus.GPUS for call in sorted(calls)]
     rows = {}
     for gpu, layer, name in tqdm(cases, desc="compiling", dynamic_ncols=True):
         rows[gpu, layer, name] = compiled(gpu, WORKLOADS[layer], calls[layer, name])
@@ -79,14 +54,9 @@ def main(_) -> None:
 
 def compiled(gpu: str, workload: Workload, attend) -> dict:
     """Facts of the program that computes the gradient of one layer's attention in bfloat16."""
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name=gpu, topology="1x1x1", target_config=DESCRIPTION.format(**GPUS[gpu])
-    )
-    mesh = Mesh(np.array(topology.devices), ("device",))
 
     def shape(dtype, *sizes):
-        sizes = (workload.batch, workload.query_length, *sizes)
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+        return jax.ShapeDtypeStruct((workload.batch, workload.query_length, *sizes), dtype)
 
     def loss(query, key, value, positions, segments):
         tokens = {"query_positions": positions, "key_positions": positions}
@@ -96,9 +66,7 @@ def compiled(gpu: str, workload: Workload, attend) -> dict:
     query = shape(jnp.bfloat16, workload.heads, workload.head_dim)
     key = shape(jnp.bfloat16, workload.kv_heads, workload.head_dim)
     token, start = shape(jnp.int32), time.perf_counter()
-    with jax.set_mesh(mesh):
-        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(query, key, key, token, token)
-        program = traced.lower(lowering_platforms=("cuda",)).compile()
+    program = gpus.compiled(gpu, jax.grad(loss, (0, 1, 2)), query, key, key, token, token)
     return {
         "mib": program.memory_analysis().temp_size_in_bytes / 2**20,
         "seconds": time.perf_counter() - start,

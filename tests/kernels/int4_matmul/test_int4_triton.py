@@ -1,4 +1,4 @@
-"""The kernel for GPUs, in Pallas' interpreter and as far as it is made without a compiler for GPUs."""
+"""The kernels for GPUs, in Pallas' interpreter and as far as they are made without a compiler for GPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +18,28 @@ def test_a_product_equals_the_reference(name):
         low_bit.check(triton.matmul(x, weight, interpret=True), x, weight)
 
 
-def test_a_product_of_scout_is_lowered_to_one_triton_kernel():
-    shapes = workloads.layers(32, workloads.OFFSETS)["down"].shapes()
+@pytest.mark.parametrize("name", workloads.SMALL_GROUPED)
+def test_a_product_with_many_matrices_equals_the_reference(name):
+    arrays = workloads.SMALL_GROUPED[name].arrays(0, jnp.bfloat16)
+    low_bit.check(triton.grouped(*arrays, interpret=True), *arrays)
+
+
+@pytest.mark.parametrize(
+    ("product", "workload"),
+    [
+        (triton.matmul, workloads.layers(32, workloads.OFFSETS)["down"]),
+        (triton.grouped, workloads.experts(32, workloads.OFFSETS)),
+    ],
+    ids=["one matrix", "experts"],
+)
+def test_a_product_of_scout_is_lowered_to_one_triton_kernel(product, workload):
     device = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=device)):
-        program = jax.jit(triton.matmul).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+        program = jax.jit(product).trace(*workload.shapes()).lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("custom_call @__gpu$xla.gpu.triton") == 1
 
 
-def test_experts_and_groups_too_small_for_tensor_cores_are_refused():
-    with pytest.raises(NotImplementedError, match="3 matrices; use 'xla'"):
-        triton.grouped(*workloads.SMALL_GROUPED["uneven"].arrays(0))
+def test_groups_too_small_for_tensor_cores_are_refused():
     x = jnp.zeros((4, 24))
     weight = quantized.quantize(jnp.ones((24, 8)), QuantSpec(group=8), (0,))
     with pytest.raises(NotImplementedError, match="groups of 8 inputs, only multiples of 16"):
