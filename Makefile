@@ -41,7 +41,7 @@ test: venv
 
 # torch is compared with programs as users compile them; tests/conftest.py otherwise asks XLA for quick compiling.
 test-all: test parity-venv
-	$(RUN) -m pytest $(WORKERS) -m thorough $(FLAGS)
+	$(RUN) -m pytest $(WORKERS) -m "thorough and not multidevice and not parity" $(FLAGS)
 	XLA_FLAGS= $(RUN_PARITY) -m pytest $(WORKERS) -m parity $(FLAGS)
 	$(RUN_PARITY) tests/parity/make_goldens.py --check
 
