@@ -38,11 +38,14 @@ COMMANDS = flags.DEFINE_boolean("commands", False, "print what compiles the cell
 
 PODS = {"v5p:4x4x8": "128 v5p", "v5p:4x8x8": "256 v5p", "v6e:16x16": "256 v6e"}
 ROWS = {8192: 256, 262_144: 8, 524_288: 4}  # length -> rows of a step
-MESHES = {  # model, chips -> of each length
-    ("scout", 128): ("fsdp=8,expert=16", "fsdp=8,expert=16", "fsdp=4,expert=16,context=2"),
-    ("scout", 256): ("fsdp=16,expert=16", "fsdp=8,expert=16,context=2", "fsdp=4,expert=16,context=4"),
-    ("maverick", 128): ("fsdp=4,expert=32", "fsdp=4,expert=32", "fsdp=4,expert=32"),
-    ("maverick", 256): ("fsdp=8,expert=32", "fsdp=8,expert=32", "fsdp=4,expert=64"),
+_SCOUT_256 = ("fsdp=16,expert=16", "fsdp=8,expert=16,context=2", "fsdp=4,expert=16,context=4")
+MESHES = {  # model, pod -> of each length
+    ("scout", "v5p:4x4x8"): ("fsdp=8,expert=16", "fsdp=8,expert=16", "fsdp=4,expert=16,context=2"),
+    ("scout", "v5p:4x8x8"): _SCOUT_256,
+    ("scout", "v6e:16x16"): _SCOUT_256,
+    ("maverick", "v5p:4x4x8"): ("fsdp=4,expert=32", "fsdp=4,expert=32", "fsdp=4,expert=32"),
+    ("maverick", "v5p:4x8x8"): ("fsdp=8,expert=32", "fsdp=8,expert=32", "fsdp=4,expert=64"),
+    ("maverick", "v6e:16x16"): ("fsdp=8,expert=32", "fsdp=2,expert=64,context=2", "fsdp=4,expert=64"),
 }
 KEPT_IN = {("maverick", "v6e:16x16"): "host"}  # what does not fit with everything on the device
 MODELS = tuple(dict.fromkeys(model for model, _ in MESHES))
@@ -63,7 +66,7 @@ class Cell(NamedTuple):
 
     @property
     def mesh(self) -> str:
-        return MESHES[self.model, topology.size(self.pod)][list(ROWS).index(self.length)]
+        return MESHES[self.model, self.pod][list(ROWS).index(self.length)]
 
     @property
     def placement(self) -> str:

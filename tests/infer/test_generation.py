@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from llama4_jax import infer
+from llama4_jax.nn.linear import Linear, MatrixLinear
+from llama4_jax.nn.moe import Experts, MatrixExperts
 from llama4_jax.testing import tiny
 
 NEW = 6  # from prompts of 3 and 7 tokens: over borders of chunks of 4
@@ -59,6 +62,17 @@ def test_the_layout_for_decoding_changes_no_logits(tied):
         tokens = jax.random.randint(jax.random.key(0), shape, 0, 128)
         wanted, got = (forward(model, tokens, jnp.ones_like(tokens), None) for model in (plain, prepared))
         np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5 * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.parametrize(("platform", "found"), [("tpu", {MatrixLinear, MatrixExperts}), ("gpu", {Linear, Experts})])
+def test_floats_become_matrices_where_they_lie_in_another_order(platform, found):
+    device = AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
+    model = jax.eval_shape(lambda: tiny.model(tiny.text_config(num_layers=1)))
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=device)):
+        prepared = jax.eval_shape(infer.prepare, model)
+    kinds = (MatrixLinear, MatrixExperts, Linear, Experts)
+    nodes = jax.tree.leaves(prepared, is_leaf=lambda node: type(node) in kinds)
+    assert {type(node) for node in nodes} & set(kinds) == found
 
 
 def test_generate_returns_plain_lists_of_the_length_asked_for(greedy):
