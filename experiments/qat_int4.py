@@ -2,12 +2,16 @@
 
 Claim:     a model whose weights are rounded to int4 in the last fifth of its training loses less by int4 than one that is rounded
            afterwards, and no more than by GPTQ.
-Command:   python -m experiments.qat_int4
-Hardware:  2 CPU cores, about 10 minutes for three seeds if they do nothing else (estimate: measured on cores shared by many).
+Command:   python -m experiments.qat_int4                 (a small model)
+           python -m experiments.qat_int4 --size=nano
+Hardware:  2 CPU cores, about 10 minutes for three seeds if they do nothing else (estimate: measured on cores shared by many);
+           nano took 57 minutes on shared cores.
 Expected:  held-out loss, nats a token, means of seeds 0 to 2: full precision 3.290, rounded 3.305, GPTQ 3.296, last fifth 3.297.
            Full precision <= last fifth <= GPTQ <= rounded is asserted, each within --tolerance.
+           Of nano: 0.682, 0.685, 0.683, 0.685; from the start 0.686.
 
-Reality does not bear out the rest of what was expected before the run: both trainings below GPTQ. The last fifth is 0.001 above
+Reality does not bear out the rest of what was expected before the run: both trainings below GPTQ. For nano int4 costs 0.003, and
+training with rounding gains none of it back. Of the small model the last fifth is 0.001 above
 it, well within the tolerance. Training with rounding from the start comes out worst, at 3.318 (0.018, 0.066 and 0.002 above full
 precision in the three seeds), so that its place before GPTQ, which was asserted at first and failed, is asserted no more. Its
 training loss over the last 80 steps is above that of full precision by 0.018 and 0.011 in seeds 0 and 1, so most of the 0.066 is
