@@ -29,7 +29,7 @@ def test_on_this_machine_it_measures(script, tmp_path):
     path = tmp_path / "measured.json"
     small = ("text.num_layers=1", "text.vocab_size=256", "text.attention.nope_interval=1", "text.moe.num_experts=2")
     changes = [part for value in small for part in ("--set", value)]
-    size = ("--batches=1", "--contexts=8", "--new=4", "--repeats=1", "--recipes=int4_all", "--caches=bfloat16")
+    size = ("--batches=1", "--contexts=8", "--new=64", "--repeats=3", "--recipes=int4_all", "--caches=bfloat16")
     printed = script("latency", "--measure", *size, *changes, f"--json={path}").stdout
     found = json.loads(path.read_text())
     times = found["1 rows of 8"]["milliseconds_measured"]
